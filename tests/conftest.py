@@ -1,0 +1,41 @@
+"""What every test shares: shapes checked at run time, seeded randomness, and which tests run where."""
+
+from __future__ import annotations
+
+import sys
+
+import hypothesis
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# From here on the shapes and types in the package's signatures are checked at every call. Before anything imports it.
+# As for type checkers, an int may stand where a float is asked for (PEP 484).
+assert not any(name.split(".")[0] == "triscale" for name in sys.modules), "triscale was imported before its hook"
+install_import_hook("triscale", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+# The same examples on every machine, however slow it is.
+hypothesis.settings.register_profile("same_everywhere", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("same_everywhere")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skips = {}
+    if not config.getoption("--run-slow"):
+        skips["slow"] = pytest.mark.skip(reason="slow: runs with --run-slow (make test-slow)")
+    if not torch.cuda.is_available():
+        skips["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        for marker, skip in skips.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """Randomness of a test: a freshly seeded CPU generator."""
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,141 @@
+"""The architecture's rules: who may import whom, what stays free of torch, and how long a module may be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src"
+
+# A module imports only from lines above its own; inside a package only from names to its left.
+# "package: names" stands for package.name of each; "__init__" is the package itself.
+LAYERS = """
+errors randomness distributed
+data: __init__ settings samples order tar shards decode augment captions text drawing scene_words scenes quarantine workers loader pack
+models: __init__ settings image text projection dual_encoder presets prompts
+losses: dense tiled info_nce __init__
+training: __init__ settings memory step verify parallel optim checkpoint log loop
+evaluation: __init__ settings datasets encoder zeroshot retrieval suite report
+config run_folder inference
+recipes: scenes emoji clipart __init__
+assembly runs cli
+__init__ __main__
+"""
+
+# Imported by settings files, so that the command line answers at once and a recipe is read without a device in sight.
+WITHOUT_TORCH = ("config", "recipes", "data.settings", "models.settings", "training.settings", "evaluation.settings")
+
+# Usable in anyone's own program, so they need only these and the standard library.
+USABLE_ALONE = ("losses", "training.step", "models.image", "models.text", "models.projection", "models.dual_encoder")
+THIRD_PARTY_ALONE = {"torch", "numpy", "timm", "jaxtyping"}
+
+LONGEST_MODULE_LINES = 350
+
+
+def ranks() -> dict[str, int]:
+    """Every name of LAYERS as a module, with its place in the order."""
+    names = []
+    for line in LAYERS.strip().splitlines():
+        package, _, members = line.rpartition(": ")
+        names += [".".join(part for part in ("triscale", package, name) if part) for name in members.split()]
+    return {name.removesuffix(".__init__"): place for place, name in enumerate(names)}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in sorted((SOURCE / "triscale").rglob("*.py"))}
+
+
+@cache
+def imports(module: str, inside_functions: bool = True) -> frozenset[str]:
+    """The modules that `module` imports, package modules by their full names. `__version__` may be had by anyone."""
+    found, to_do = set(), [ast.parse(MODULES[module].read_text(encoding="utf-8"))]
+    while to_do:
+        node = to_do.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively in line {node.lineno}: write the whole name"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                if whole != "triscale.__version__":
+                    found.add(whole if whole in MODULES else str(node.module))
+        if inside_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            to_do += ast.iter_child_nodes(node)
+    return frozenset(found)
+
+
+def package_imports(module: str) -> set[str]:
+    return {name for name in imports(module) if name.split(".")[0] == "triscale"}
+
+
+def everything_imported(module: str) -> set[str]:
+    """All that `module` imports of the package, at any distance, itself included."""
+    seen, to_do = set(), [module]
+    while to_do:
+        name = to_do.pop()
+        if name not in seen and name in MODULES:
+            seen.add(name)
+            to_do += package_imports(name)
+    return seen
+
+
+def existing(names: tuple[str, ...]) -> list[str]:
+    """Those of `names` that exist, each package with its modules."""
+    chosen = tuple(f"triscale.{name}" for name in names)
+    return [module for module in MODULES if any(module == name or module.startswith(f"{name}.") for name in chosen)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_the_layers_before_it(module: str) -> None:
+    order = ranks()
+    assert module in order, f"{module} stands in no layer: give it a place in LAYERS"
+    for name in package_imports(module):
+        assert name in order, f"{module} imports {name}, which stands in no layer"
+        assert order[name] < order[module], f"{module} imports {name}, which comes after it"
+
+
+def loaded_by(*modules: str) -> set[str]:
+    """The top-level packages that a fresh interpreter has loaded after importing `modules`."""
+    program = f"import sys, {', '.join(modules)}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=SOURCE)
+    assert answer.returncode == 0, answer.stderr
+    return set(answer.stdout.split())
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    assert "torch" not in loaded_by("triscale")
+
+
+def test_settings_config_and_recipes_import_no_torch_at_any_distance() -> None:
+    modules = existing(WITHOUT_TORCH)
+    assert modules
+    assert "torch" not in loaded_by(*modules)
+
+
+def test_losses_step_and_towers_import_with_torch_numpy_and_timm_alone() -> None:
+    for module in existing(USABLE_ALONE):
+        for reached in everything_imported(module):
+            roots = {name.split(".")[0] for name in imports(reached, inside_functions=False)} - {
+                "triscale",
+                *sys.stdlib_module_names,
+            }
+            extra = roots - THIRD_PARTY_ALONE
+            assert not extra, f"{module} needs {', '.join(sorted(extra))}" + f" through {reached}" * (reached != module)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_can_be_read_in_one_sitting(module: str) -> None:
+    lines = len(MODULES[module].read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST_MODULE_LINES, f"{module} has {lines} lines: split it"
+
+
+def test_the_walk_sees_the_imports_that_are_there() -> None:
+    assert imports("triscale.__main__") == {"__future__", "sys", "triscale.cli"}
