@@ -16,7 +16,8 @@ SOURCE = Path(__file__).parents[1] / "src"
 # "package: names" stands for package.name of each; "__init__" is the package itself.
 LAYERS = """
 errors randomness distributed
-data: __init__ settings samples order tar shards decode augment captions text drawing scene_words scenes quarantine workers loader pack
+data: __init__ settings samples order tar shards decode augment captions text
+data: drawing scene_words scenes quarantine workers loader pack
 models: __init__ settings image text projection dual_encoder presets prompts
 losses: dense tiled info_nce __init__
 training: __init__ settings memory step verify parallel optim checkpoint log loop

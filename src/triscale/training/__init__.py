@@ -1,0 +1,1 @@
+"""The exact large-batch step and everything that feeds it."""

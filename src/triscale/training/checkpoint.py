@@ -1,0 +1,259 @@
+"""Checkpoints: written whole or not at all, checked when read, never unpickled.
+
+    RUN/checkpoints/step_00001234/model.safetensors      towers and loss by name
+                                  optimizer.safetensors  optimizer state by kind and parameter name
+                                  state.json             step, position, ..., size and digest of both files, own digest
+
+A checkpoint is written to a temporary folder beside its final place, synced to disk and renamed, so a folder with a
+checkpoint's name is complete at any instant. Digests tell of what happens to it later.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from triscale import distributed
+from triscale.errors import RunError, UsageError
+
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+
+_STEP = "step_"
+_TEMPORARY = ".temporary_"
+_OWN_KEYS = ("step", "files", "blake2b")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One good checkpoint on disk."""
+
+    path: Path
+    """RUN/checkpoints/step_00001234."""
+    step: int
+    """Optimizer steps that were done."""
+    state: dict[str, Any]
+    """What `save` was given as state."""
+
+    def model(self) -> dict[str, Tensor]:
+        """The tensors of the towers and the loss, by name, on the CPU."""
+        return load_file(self.path / MODEL)
+
+    def optimizer(self) -> dict[str, Tensor]:
+        """The optimizer's tensors, by "KIND.PARAMETER", on the CPU."""
+        return load_file(self.path / OPTIMIZER)
+
+
+def save(
+    folder: Path,
+    step: int,
+    *,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int,
+) -> None:
+    """Write checkpoints/step_STEP below the run folder, then leave the `keep` newest. Only rank 0 writes.
+
+    A good checkpoint of the same step stays as it is: what a run holds at a step is a pure function of the run.
+    Checkpoints of later steps go too: a run that saves `step` has gone back behind them because they are damaged.
+
+    Args:
+        folder: the run folder.
+        step: optimizer steps done.
+        model: towers and loss by name, see `module_tensors`.
+        optimizer: see `optim.optimizer_tensors`.
+        state: JSON values besides step, such as position; finite numbers only.
+        keep: at least 1.
+
+    Raises:
+        RunError: the disk is full or cannot be written; earlier checkpoints are as they were.
+    """
+    if keep < 1 or any(key in state for key in _OWN_KEYS):
+        raise ValueError(f"keep must be at least 1 (is {keep}), and state must not hold any of {_OWN_KEYS}")
+    if distributed.rank() != 0:
+        return
+    parent = folder / "checkpoints"
+    final = parent / f"{_STEP}{step:08d}"
+    temporary = parent / f"{_TEMPORARY}{final.name}"
+    try:
+        _remove_temporary(parent)
+        if final.exists() and not _is_good(final):
+            _discard(final)
+        if not final.exists():
+            temporary.mkdir(parents=True)
+            _write(temporary, step, model, optimizer, state)
+            temporary.rename(final)
+        _sync(parent)
+        _prune(parent, step, keep)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise RunError(f"checkpoint {final} could not be written: {reason}; earlier checkpoints are intact") from error
+
+
+def latest(
+    folder: Path, *, report: Callable[[str], None] = lambda message: None, with_optimizer: bool = True
+) -> Checkpoint | None:
+    """The newest good checkpoint of a run folder, None if there is none. Reads only.
+
+    Args:
+        folder: the run folder.
+        report: called with one line for each newer checkpoint that is damaged.
+        with_optimizer: whether the optimizer's file must be there and whole; inference has no need of it.
+    """
+    for path in reversed(_steps(folder / "checkpoints")):
+        try:
+            return _read(path, (MODEL, OPTIMIZER) if with_optimizer else (MODEL,))
+        except (OSError, ValueError) as error:
+            report(f"checkpoint {path} is damaged ({error}); using the one before it")
+    return None
+
+
+def module_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of all modules, named "MODULE.NAME"."""
+    return {
+        f"{prefix}.{name}": tensor for prefix, module in modules.items() for name, tensor in module.state_dict().items()
+    }
+
+
+def load_into(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's tensors into modules, which stay on their devices; what belongs to other modules is left.
+
+    Raises:
+        UsageError: a name or a shape does not fit; nothing was copied then.
+    """
+    expected = module_tensors(modules)
+    found = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in modules}
+    misfits = [
+        f"{name} is {_shape(found.get(name))} in the checkpoint, {_shape(expected.get(name))} in the model"
+        for name in sorted(expected.keys() | found.keys())
+        if name not in expected or name not in found or expected[name].shape != found[name].shape
+    ]
+    if misfits:
+        more = f" (and {len(misfits) - 1} more)" if len(misfits) > 1 else ""
+        raise UsageError(
+            f"the checkpoint does not fit the model: {misfits[0]}{more}; use the settings it was made with"
+        )
+    for prefix, module in modules.items():
+        start = f"{prefix}."
+        module.load_state_dict({name.removeprefix(start): t for name, t in found.items() if name.startswith(start)})
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape))
+
+
+def _write(
+    folder: Path, step: int, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Mapping[str, Any]
+) -> None:
+    """Write the three files into `folder` and sync them and it."""
+    for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
+        save_file(_own_storage(tensors), folder / name)
+        _sync(folder / name)
+    content = {**state, "step": step, "files": {name: _fingerprint(folder / name) for name in (MODEL, OPTIMIZER)}}
+    # As it will be read: JSON makes tuples lists and keys strings.
+    content = json.loads(json.dumps(content, allow_nan=False))
+    text = json.dumps({**content, "blake2b": _digest(content)}, indent=1)
+    (folder / STATE).write_text(text, encoding="utf-8")
+    _sync(folder / STATE)
+    _sync(folder)
+
+
+def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, each with memory of its own as safetensors asks (tied weights are copied)."""
+    owned: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        owned[name] = tensor
+    return owned
+
+
+def _read(path: Path, names: tuple[str, ...]) -> Checkpoint:
+    """Check a checkpoint against its digests; ValueError or OSError says what is wrong."""
+    content = json.loads((path / STATE).read_bytes())
+    if not isinstance(content, dict) or content.pop("blake2b", None) != _digest(content):
+        raise ValueError(f"{STATE} does not match its digest")
+    step = content.pop("step")
+    if path.name != f"{_STEP}{step:08d}":
+        raise ValueError(f"{STATE} is that of step {step}")
+    files = content.pop("files")
+    for name in names:
+        if (path / name).stat().st_size != files[name]["bytes"] or _fingerprint(path / name) != files[name]:
+            raise ValueError(f"{name} does not match its digest")
+    return Checkpoint(path, step, content)
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        _read(path, (MODEL, OPTIMIZER))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _fingerprint(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
+
+
+def _digest(content: object) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+def _steps(parent: Path) -> list[Path]:
+    """The checkpoint folders, oldest first."""
+    found = [path for path in parent.glob(f"{_STEP}*") if path.name.removeprefix(_STEP).isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_STEP)))
+
+
+def _prune(parent: Path, step: int, keep: int) -> None:
+    newest = [path for path in _steps(parent) if int(path.name.removeprefix(_STEP)) <= step][-keep:]
+    for path in _steps(parent):
+        if path not in newest:
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint; it loses its name first, so that no half of it is ever taken for one."""
+    doomed = path.with_name(f"{_TEMPORARY}discarded_{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _remove_temporary(parent: Path) -> None:
+    """Remove what an interrupted `save` left behind."""
+    for path in parent.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path)
+
+
+def _sync(path: Path) -> None:
+    """Have a file or folder on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder; any other failure means that data is lost.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,223 @@
+"""The training loop: one function over plain arguments, and the signal flag that ends it in good order."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from triscale import distributed
+from triscale.data.loader import Batch
+from triscale.data.quarantine import Quarantine, gather_records
+from triscale.errors import RunError
+from triscale.training.log import RunLog
+from triscale.training.optim import clip_gradients
+from triscale.training.step import StepOutput
+
+MAX_NON_FINITE_STEPS = 3
+"""Steps in a row that may have a loss or gradient that is not finite before the run ends."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How `train` ended."""
+
+    step: int
+    """Optimizer steps done, skipped ones counted."""
+    signal: int
+    """The signal that ended the run early (2, 15), 0: none."""
+    skipped: int
+    """Steps of this process that were skipped because they were not finite."""
+
+
+class StopFlag:
+    """Within the context, SIGTERM and SIGINT (Ctrl-C) set `signal` and nothing else; a second Ctrl-C kills at once.
+
+    Processes forked within (DataLoader workers) ignore both, so that they serve until the step is done. To be entered
+    in the main thread.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._process = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopFlag:
+        self._process = os.getpid()
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signal = number
+
+
+def train(
+    *,
+    step: Callable[..., StepOutput],
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int], float],
+    batches: Iterator[Batch],
+    start_step: int,
+    total_steps: int,
+    batch_size: int,
+    clip_norm: float,
+    after_step: Callable[[], None],
+    save: Callable[[int], None],
+    checkpoint_every_steps: int,
+    checkpoint_every_minutes: float,
+    evaluate: Callable[[int], Mapping[str, float]] | None,
+    eval_every_steps: int,
+    log: RunLog,
+    quarantine: Quarantine,
+    stop: StopFlag,
+    device: torch.device,
+) -> Outcome:
+    """Take optimizer steps `start_step` + 1 to `total_steps`; every rank calls this alike.
+
+    Args:
+        step: the `ContrastiveStep`; every `.grad` is None.
+        optimizer: over all trainable parameters.
+        schedule: steps done -> learning rate of the next one.
+        batches: this rank's rows of the batches from position start_step * batch_size on.
+        batch_size: B, over all ranks.
+        clip_norm: largest L2 norm of the gradient; 0: no clipping.
+        after_step: called after each optimizer step, such as the loss's `clamp_`.
+        save: write a checkpoint of so many steps done; called on every rank.
+        checkpoint_every_steps: 0: none by steps. One is written at the end, on a signal and before a RunError too.
+        checkpoint_every_minutes: by rank 0's clock; 0: none by time.
+        evaluate: step -> scores, leaving the towers in training mode; called on every rank, every `eval_every_steps`
+            (0: never) but not after the last step: the trained model is the caller's to evaluate.
+        device: of the collectives.
+
+    Raises:
+        RunError: data could not be read, too much of it is bad, the loss or gradient was not finite three times in a
+            row, or the disk is full. The weights are those of the last good step.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    saved_step, saved_at = start_step, time.monotonic()
+    skipped = skipped_in_row = 0
+    for number in range(start_step + 1, total_steps + 1):
+        began = time.perf_counter()
+        try:
+            batch = _next_batch(batches, quarantine, batch_size, device)
+        except RunError:
+            if saved_step < number - 1:
+                _save(save, number - 1, device)
+            raise
+        waited = time.perf_counter() - began
+
+        out = step({"image": batch.images, "text": batch.tokens}, ids=batch.ids)
+        loss, norm, rate = float(out.loss), float(clip_gradients(parameters, clip_norm)), schedule(number - 1)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            after_step()
+        optimizer.zero_grad(set_to_none=True)
+        skipped, skipped_in_row = (skipped, 0) if finite else (skipped + 1, skipped_in_row + 1)
+
+        took = time.perf_counter() - began
+        metrics = {"loss": loss, **out.metrics, "gradient_norm": norm, "learning_rate": rate, "skipped": not finite}
+        speed = {"samples_per_second": batch_size / took, "data_wait": waited / took}
+        log.step(number, {**metrics, **speed, **_memory(device)})
+
+        minutes = (time.monotonic() - saved_at) / 60
+        time_is_up = distributed.rank() == 0 and 0 < checkpoint_every_minutes <= minutes
+        stopped_by, due = _agree(stop.signal, int(time_is_up), device=device)
+        failed = skipped_in_row == MAX_NON_FINITE_STEPS
+        if due or stopped_by or failed or _every(checkpoint_every_steps, number) or number == total_steps:
+            _save(save, number, device)
+            saved_step, saved_at = number, time.monotonic()
+        if failed:
+            raise RunError(_diagnosis(number, metrics))
+        if stopped_by:
+            return Outcome(number, stopped_by, skipped)
+        if evaluate is not None and _every(eval_every_steps, number) and number < total_steps:
+            log.evaluation(number, evaluate(number))
+    return Outcome(max(start_step, total_steps), 0, skipped)
+
+
+def _next_batch(batches: Iterator[Batch], quarantine: Quarantine, batch_size: int, device: torch.device) -> Batch:
+    """This rank's rows of the next batch. If any rank has none, all raise RunError; bad samples of all are counted."""
+    error, batch = None, None
+    try:
+        batch = next(batches)
+    except RunError as failure:
+        error = failure
+    (failed,) = _agree(int(error is not None), device=device)
+    if error is not None:
+        raise error
+    if failed or batch is None:
+        raise RunError("another process could not read its data; its message says why")
+    quarantine.add(gather_records(batch.bad, _for_collectives(device)), batch_size)
+    return batch
+
+
+def _save(save: Callable[[int], None], step: int, device: torch.device) -> None:
+    """Write a checkpoint and wait for it; if rank 0 could not, every rank raises RunError."""
+    error = None
+    try:
+        save(step)
+    except RunError as failure:
+        error = failure
+    (failed,) = _agree(int(error is not None), device=device)
+    if error is not None:
+        raise error
+    if failed:
+        raise RunError("the checkpoint could not be written; the first process's message says why")
+
+
+def _agree(*flags: int, device: torch.device) -> list[int]:
+    """The largest of every flag over ranks."""
+    agreed = distributed.all_reduce_max(torch.tensor(flags, dtype=torch.int64, device=_for_collectives(device)))
+    return [int(flag) for flag in agreed.tolist()]
+
+
+def _for_collectives(device: torch.device) -> torch.device:
+    """Where tensors travel from: the card under NCCL, the host's memory under gloo."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def _every(steps: int, number: int) -> bool:
+    return steps > 0 and number % steps == 0
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """Largest memory that tensors took on the card so far, in GiB."""
+    return {"memory_peak_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+
+
+def _diagnosis(number: int, metrics: Mapping[str, float]) -> str:
+    """What is known about steps that were not finite, in one line."""
+    what = "gradient" if math.isfinite(metrics["loss"]) else "loss"
+    scale = f", logit scale {metrics['logit_scale']:.4g}" if "logit_scale" in metrics else ""
+    advice = (
+        "lower --optim.learning-rate or raise --optim.warmup-steps"
+        if number > MAX_NON_FINITE_STEPS
+        else "it was so from the first step: check the towers and --train.precision"
+    )
+    first, good = number - MAX_NON_FINITE_STEPS + 1, number - MAX_NON_FINITE_STEPS
+    return (
+        f"the {what} was not finite in steps {first} to {number} (loss {metrics['loss']:.4g}, gradient norm"
+        f" {metrics['gradient_norm']:.4g}{scale}, learning rate {metrics['learning_rate']:.4g}); the weights are those"
+        f" of step {good}: {advice}"
+    )

@@ -1,0 +1,88 @@
+"""The papers' formulas, slow and literal, and plain autograd: what the fast paths are held against.
+
+Nothing here imports the code that it checks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def info_nce_loop(x: Tensor, y: Tensor, scale: float, ids: list[int] | None = None) -> float:
+    """InfoNCE by loops over rows, both directions, positives by id (a negative id is unique)."""
+    x, y = (e.double() / e.double().norm(dim=1, keepdim=True) for e in (x, y))
+    n = len(x)
+    ids = [-1] * n if ids is None else ids
+    positives = [[j for j in range(n) if j == i or (ids[i] >= 0 and ids[i] == ids[j])] for i in range(n)]
+    total = 0.0
+    for a, b in ((x, y), (y, x)):
+        for i in range(n):
+            scores = [scale * float(a[i] @ b[j]) for j in range(n)]
+            largest = max(scores)
+            log_sum = largest + math.log(sum(math.exp(s - largest) for s in scores))
+            total -= sum(scores[j] - log_sum for j in positives[i]) / len(positives[i]) / n / 2
+    return total
+
+
+def info_nce(x: Tensor, y: Tensor, logit_scale: Tensor, ids: Tensor | None = None) -> Tensor:
+    """The same, differentiable, from torch's cross entropy with soft targets."""
+    x, y = (e / e.pow(2).sum(1, keepdim=True).sqrt() for e in (x, y))
+    targets = torch.eye(len(x), dtype=x.dtype)
+    if ids is not None:
+        for i in range(len(x)):
+            for j in range(len(x)):
+                if ids[i] >= 0 and ids[i] == ids[j]:
+                    targets[i, j] = 1.0
+        targets = targets / targets.sum(1, keepdim=True)
+    scores = logit_scale.exp() * x @ y.T
+    return (nn.functional.cross_entropy(scores, targets) + nn.functional.cross_entropy(scores.T, targets)) / 2
+
+
+class DropoutTower(nn.Module):
+    """A small tower with dropout, stochastic depth and LayerNorm: (m, 6) -> (m, d)."""
+
+    def __init__(self, width: int = 12, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, width), nn.LayerNorm(width), nn.Linear(width, 5)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        hidden = self.norm(self.first(rows))
+        branch = self.dropout(torch.relu(hidden))
+        if self.training and self.dropout.p:
+            branch = branch * (torch.rand(len(rows), 1, dtype=rows.dtype) > 0.3)
+        return self.last(hidden + branch)
+
+
+class BatchNormTower(nn.Module):
+    """A small tower with BatchNorm and its running statistics: (m, 6) -> (m, d)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 5))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.net(rows)
+
+
+def gradients(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Every parameter's gradient by module and name."""
+    return {
+        f"{module}.{name}": p.grad.clone()
+        for module, m in modules.items()
+        for name, p in m.named_parameters()
+        if p.grad is not None
+    }
+
+
+def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest |g - g*| / max(|g*|, 1e-3 |G*|) over parameters."""
+    assert found.keys() == expected.keys()
+    whole = torch.cat([g.reshape(-1).double() for g in expected.values()]).norm()
+    return max(
+        float((found[n].double() - g.double()).norm() / max(g.double().norm(), 1e-3 * whole))
+        for n, g in expected.items()
+    )

@@ -1,0 +1,63 @@
+"""`verify` tells an exact step from a wrong one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import reference
+from triscale.losses import InfoNCE
+from triscale.training.verify import relative_errors, verify
+
+LANES = ("image", "text")
+
+
+def inputs_of(rows: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {lane: torch.randn(rows, 6, dtype=torch.float64, generator=generator) for lane in LANES}
+
+
+@pytest.mark.parametrize("kind", [reference.DropoutTower, reference.BatchNormTower])
+def test_the_step_is_exact_in_float64_with_dropout_and_stochastic_depth(kind: type[torch.nn.Module]) -> None:
+    towers = {lane: kind() for lane in LANES}
+    errors = verify(
+        towers,
+        InfoNCE(),
+        inputs_of(23),
+        torch.arange(23) // 2,
+        micro_batch={"image": 4, "text": 6},
+        batch_norm="per_micro_batch",
+        seed=3,
+    )
+    assert "loss.logit_scale" in errors and len(errors) > 10
+    assert max(errors.values()) < 1e-10
+    assert all(parameter.grad is None for tower in towers.values() for parameter in tower.parameters())
+
+
+def test_a_tower_with_random_numbers_of_its_own_is_found_out() -> None:
+    class Private(reference.DropoutTower):
+        def forward(self, rows: Tensor) -> Tensor:
+            noise = torch.rand(rows.shape, dtype=rows.dtype, generator=_private)
+            return super().forward(rows + noise)
+
+    _private = torch.Generator().manual_seed(0)
+    errors = verify(
+        {"image": Private(), "text": reference.DropoutTower()},
+        InfoNCE(),
+        inputs_of(12),
+        None,
+        micro_batch={"image": 4, "text": 4},
+        batch_norm="refuse",
+        seed=3,
+    )
+    assert max(errors.values()) > 1e-3
+
+
+def test_the_error_of_a_truly_zero_gradient_is_measured_against_the_whole() -> None:
+    direct = {"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2)}
+    errors = relative_errors({"a": torch.tensor([3.0, 4.5]), "b": torch.tensor([0.0, 1e-4])}, direct)
+    assert errors["a"] == pytest.approx(0.1)
+    assert errors["b"] == pytest.approx(1e-4 / (1e-3 * 5.0), rel=1e-5)
+    with pytest.raises(ValueError, match="different parameters"):
+        relative_errors({"a": direct["a"]}, direct)
