@@ -1,0 +1,142 @@
+"""From the bytes of an image file to RGB pixels, and from any shape to a square. Bytes are untrusted."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+from triscale.data.samples import BadSample
+
+MAX_PIXELS = 2**26
+"""Largest image, in pixels, that is decoded: 67 megapixels, 200 MB as RGB."""
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation (CIPA DC-008, 4.6.4)."""
+
+
+def image_extension(data: bytes) -> str:
+    """ "jpg", "png" or "webp", by the bytes that such a file begins with; "" for anything else."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
+
+
+def decode_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int | None = None
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Decode a JPEG, PNG or WebP file to RGB, upright, transparency over white; of an animation the first frame.
+
+    Args:
+        data: the file's bytes.
+        max_pixels: width times height above which nothing is decoded.
+        min_side: if given, a large JPEG may come out at 1/2, 1/4 or 1/8 of its size, which is faster, as long as its
+            shorter side keeps at least this many pixels.
+
+    Raises:
+        BadSample: "image-empty", "image-unreadable", "image-truncated" or "image-too-large".
+    """
+    if not data:
+        raise BadSample("image-empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of oddities that it then reads correctly
+        try:
+            image = _open(data)
+            if image is not None and image.width * image.height <= max_pixels:
+                if min_side is not None:
+                    image.draft(image.mode, (min_side, min_side))
+                return np.array(_upright(_to_rgb(image), image))
+        except Exception as fault:
+            # Not only OSError: on damaged files Pillow raises SyntaxError, ValueError, struct.error, KeyError, ...
+            raise BadSample("image-truncated" if _is_cut_off(data) else "image-unreadable") from fault
+    raise BadSample("image-unreadable" if image is None else "image-too-large")
+
+
+def fit_square(image: UInt8[np.ndarray, "h w 3"], size: int, fit: Literal["crop", "pad"]) -> UInt8[np.ndarray, "s s 3"]:
+    """Make an image (size, size, 3): the same for training and evaluation. Antialiased bicubic.
+
+    Args:
+        image: uint8 RGB. One of (size, size, 3) is returned as it is.
+        size: side in pixels.
+        fit: "crop" takes the middle square; "pad" shows the whole image, centred on white.
+    """
+    height, width = image.shape[:2]
+    if (height, width) == (size, size):
+        return image
+    if fit == "crop":
+        # Cropped before it is resized, or else a thin image would grow beyond all bounds.
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        return _resize(image[top : top + side, left : left + side], size, size)
+    scale = size / max(height, width)
+    inner = _resize(image, max(1, round(height * scale)), max(1, round(width * scale)))
+    canvas = np.full((size, size, 3), 255, dtype=np.uint8)
+    top, left = (size - inner.shape[0]) // 2, (size - inner.shape[1]) // 2
+    canvas[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
+    return canvas
+
+
+def _resize(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Bicubic with a filter as wide as the reduction; images over three times too large are first reduced by boxes."""
+    if image.shape[:2] == (height, width):
+        return image
+    pixels = Image.fromarray(np.ascontiguousarray(image))
+    return np.array(pixels.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0))
+
+
+def _open(data: bytes) -> ImageFile.ImageFile | None:
+    """Read the header, with just the reader that the first bytes call for; None if they call for none.
+
+    Image.open would try further formats and hold its own, process-wide limit of pixels against the image.
+    """
+    reader = {
+        "jpg": JpegImagePlugin.JpegImageFile,
+        "png": PngImagePlugin.PngImageFile,
+        "webp": WebPImagePlugin.WebPImageFile,
+    }.get(image_extension(data))
+    return None if reader is None else reader(io.BytesIO(data))
+
+
+def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+    """Convert any mode that the three formats know. Decodes the pixels."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+        wide = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image.convert("RGB")
+    seen = image.convert("RGBA")
+    white = Image.new("RGBA", seen.size, "white")
+    return Image.alpha_composite(white, seen).convert("RGB")
+
+
+def _upright(pixels: Image.Image, image: ImageFile.ImageFile) -> Image.Image:
+    """Turn `pixels` as the EXIF orientation of `image` says; one that can't be read says nothing."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # whatever a damaged EXIF block makes Pillow raise: the pixels are whole
+        return pixels
+    return pixels.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else pixels
+
+
+def _is_cut_off(data: bytes) -> bool:
+    """Whether the mark is missing with which a whole file of this format ends."""
+    extension = image_extension(data)
+    if extension == "webp":
+        return len(data) < int.from_bytes(data[4:8], "little") + 8
+    end_mark = {"jpg": b"\xff\xd9", "png": b"IEND"}.get(extension)
+    return end_mark is not None and end_mark not in data[-64:]

@@ -1,0 +1,200 @@
+"""Write samples as WebDataset shards and as evaluation sets. The same samples give the same bytes.
+
+A folder is written under a temporary name beside its own and renamed when whole: it is there complete or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from triscale.data import scenes
+from triscale.data.decode import image_extension
+from triscale.data.samples import BadSample, Sample, Source
+from triscale.data.shards import leaves_its_folder, sample_name
+from triscale.errors import RunError, UsageError
+
+SAMPLES_PER_SHARD = 1000
+
+
+def write_shards(source: Source, folder: str | Path, samples_per_shard: int = SAMPLES_PER_SHARD) -> list[Path]:
+    """Write all samples of a source as `folder`/00000.tar, 00001.tar, ...; returns their paths.
+
+    Images that the source gives as pixels become PNG; encoded ones keep their bytes. A key that would not be read back
+    as it is, or that its shard has already, is replaced by the sample's number.
+
+    Raises:
+        UsageError: the folder exists and is not empty, or the source is empty.
+        RunError: a sample is bad.
+    """
+    if samples_per_shard < 1:
+        raise UsageError(f"a shard needs at least 1 sample, not {samples_per_shard}")
+    if len(source) == 0:
+        raise UsageError(f"{source.name} is empty: there is nothing to write")
+    with _new_folder(Path(folder)) as partial:
+        names = _write_tars(_samples(source), partial, "{:05d}.tar", samples_per_shard)
+    return [Path(folder) / name for name in names]
+
+
+def write_evaluation_set(
+    folder: str | Path,
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    items: Iterable[Sample],
+    samples_per_shard: int = 10_000,
+) -> None:
+    """Write a zero-shot classification set in CLIP_benchmark's webdataset layout.
+
+    Args:
+        folder: new, or empty.
+        classnames: one a class; a label is an index into them.
+        templates: prompt templates, each with `{c}` for the class name.
+        items: samples with a label.
+        samples_per_shard: `test/0.tar`, `test/1.tar`, ... hold this many each.
+
+    Raises:
+        UsageError: the folder is not empty, a class name or template is no line of its own, a label is missing or names
+            no class, or there are no samples.
+        RunError: a sample is bad.
+    """
+    for kind, lines in (("class name", classnames), ("template", templates)):
+        for line in lines:
+            if not line.strip() or "\n" in line or "\r" in line:
+                raise UsageError(f"{kind} {line!r} cannot be a line of a file: it must be one line, and not empty")
+    for template in templates:
+        if "{c}" not in template:
+            raise UsageError(f"template {template!r} has no {{c}} for the class name")
+    with _new_folder(Path(folder)) as partial:
+        _write_lines(partial / "classnames.txt", classnames)
+        _write_lines(partial / "zeroshot_classification_templates.txt", templates)
+        (partial / "test").mkdir()
+        labelled = (_with_class(sample, len(classnames)) for sample in items)
+        names = _write_tars(labelled, partial / "test", "{}.tar", samples_per_shard)
+        if not names:
+            raise UsageError(f"there are no samples to write to {folder}")
+        _write_lines(partial / "test" / "nshards.txt", [str(len(names))])
+
+
+def pack_scenes(
+    folder: str | Path,
+    *,
+    size: int = 48,
+    seed: int = 0,
+    train_samples: int | None = None,
+    eval_samples: int | None = None,
+) -> None:
+    """Write the embedded data set as `folder`/train/*.tar and an evaluation set `folder`/wds_SPLIT a split.
+
+    Args:
+        folder: new, or empty.
+        size: side of the images in pixels.
+        seed: other seeds give other scenes.
+        train_samples: number of training samples; None: the split's own.
+        eval_samples: number of samples of each evaluation set; None: the split's own.
+
+    Raises:
+        UsageError: the folder is not empty, or a number is too small.
+    """
+    with _new_folder(Path(folder)) as partial:
+        for split in scenes.SPLITS:
+            samples = train_samples if split == "train" else eval_samples
+            source = scenes.Scenes(split, size=size, seed=seed, samples=samples)
+            if split == "train":
+                write_shards(source, partial / "train")
+            else:
+                write_evaluation_set(partial / f"wds_{split}", scenes.CLASSNAMES, scenes.TEMPLATES, _samples(source))
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name `folder` when the block ends well, and is removed when it does not."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not an empty folder: name a new one")
+    folder = folder.resolve()
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, folder)
+    except OSError as fault:
+        raise RunError(f"cannot write {folder}: {fault.strerror or fault}") from fault
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _samples(source: Source) -> Iterator[Sample]:
+    """The samples of a source in order. Raises RunError at one that is bad or cannot be read."""
+    for index in range(len(source)):
+        try:
+            yield source.read(index)
+        except BadSample as fault:
+            raise RunError(f"{source.name}: sample {fault.key or index} is bad: {fault.reason}") from fault
+        except OSError as fault:
+            raise RunError(f"{source.name}: sample {index} cannot be read: {fault}") from fault
+
+
+def _with_class(sample: Sample, classes: int) -> Sample:
+    """The sample, after its label was found to name a class."""
+    label = (sample.label or b"").strip()
+    if not label.isdigit() or len(label) > 18 or int(label) >= classes:
+        raise UsageError(f"sample {sample.key} has no label below {classes}, the number of class names")
+    return sample
+
+
+def _write_tars(samples: Iterable[Sample], folder: Path, name: str, samples_per_shard: int) -> list[str]:
+    """Write `samples` to numbered shards; returns the shards' names."""
+    names: list[str] = []
+    numbered = enumerate(samples)
+    while (first := next(numbered, None)) is not None:
+        names.append(name.format(len(names)))
+        with tarfile.open(folder / names[-1], "w", format=tarfile.PAX_FORMAT) as tar:
+            used: set[str] = set()
+            for number, sample in chain([first], islice(numbered, samples_per_shard - 1)):
+                key = sample.key
+                if key in used or not _survives(key):
+                    key = f"{number:09d}"
+                while key in used:
+                    key += "-"
+                used.add(key)
+                _add_sample(tar, key, sample)
+    return names
+
+
+def _survives(key: str) -> bool:
+    """Whether a shard's reader gives this key back as it is."""
+    return sample_name(f"{key}.png") == (key, "png") and not leaves_its_folder(key) and "\0" not in key
+
+
+def _add_sample(tar: tarfile.TarFile, key: str, sample: Sample) -> None:
+    """Append a sample's files. Raises RunError where the image is of no known kind."""
+    image = _png(sample.image) if isinstance(sample.image, np.ndarray) else sample.image
+    extension = image_extension(image)
+    if not extension:
+        raise RunError(f"sample {sample.key} is neither a JPEG nor a PNG nor a WebP file")
+    parts = {extension: image, "txt": sample.text, "json": sample.metadata, "cls": sample.label}
+    for extension, data in parts.items():
+        if data is not None:
+            header = tarfile.TarInfo(f"{key}.{extension}")  # times and owners are 0
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """Encode uint8 pixels (h, w, 3) without loss."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")

@@ -1,0 +1,59 @@
+"""What a source of data gives, and how it says that a sample is bad."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """An image with what stands beside it, as raw as the source holds it; nothing is decoded or checked yet."""
+
+    key: str
+    """The sample's name within its source; for reports, not necessarily unique over shards."""
+    image: bytes | np.ndarray
+    """An encoded image file, or uint8 pixels (h, w, 3) in RGB."""
+    text: bytes | None = None
+    """Content of the `.txt` sidecar."""
+    metadata: bytes | None = None
+    """Content of the `.json` sidecar."""
+    label: bytes | None = None
+    """Content of the `.cls` sidecar."""
+
+
+class BadSample(Exception):
+    """A sample's bytes are wrong and reading them again won't help.
+
+    Args:
+        reason: a short kebab-case code that counts are kept by, such as "image-truncated" or "caption-empty".
+        key: the sample's name, where it was `Source.read` that found the fault and so gave no Sample; else None.
+    """
+
+    def __init__(self, reason: str, key: str | None = None) -> None:
+        super().__init__(reason, key)
+        self.reason = reason
+        self.key = key
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A finite, indexed collection of samples. May be pickled to worker processes and read from several at once."""
+
+    @property
+    def name(self) -> str:
+        """What reports and the quarantine call this source."""
+        ...
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        ...
+
+    def read(self, index: int) -> Sample:
+        """Sample `index`, 0 <= index < len. Raises BadSample for bad bytes, OSError where reading failed."""
+        ...

@@ -1,0 +1,191 @@
+"""Augmentation: pure, the same for an image whatever its batch, the identity when off."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+
+from triscale.data.augment import Augmentation
+from triscale.data.settings import AugmentSettings
+from triscale.randomness import generator
+
+OFF = AugmentSettings()
+EVERYTHING = AugmentSettings(
+    zoom=(0.7, 1.3),
+    stretch=1.3,
+    rotation=20,
+    shear=10,
+    shift=0.1,
+    warp=0.03,
+    flip=0.5,
+    fill="white",
+    brightness=0.1,
+    contrast=0.4,
+    saturation=0.5,
+    hue=40,
+    grayscale=0.3,
+    outline=0.5,
+    two_tone=0.3,
+    blur=0.5,
+    erase=0.5,
+)
+ALWAYS = {
+    "zoom": (1.5, 1.5),
+    "stretch": 2.0,
+    "rotation": 90.0,
+    "shear": 40.0,
+    "shift": 0.4,
+    "warp": 0.1,
+    "flip": 1.0,
+    "brightness": 0.5,
+    "contrast": 0.9,
+    "saturation": 1.0,
+    "hue": 180.0,
+    "grayscale": 1.0,
+    "outline": 1.0,
+    "two_tone": 1.0,
+    "blur": 1.0,
+    "erase": 1.0,
+}
+
+
+def pictures(count: int, side: int) -> torch.Tensor:
+    """Coloured discs on white with a dark bar at the left, no two alike and none symmetric."""
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    random = torch.Generator().manual_seed(0)
+    images = torch.full((count, 3, side, side), 255, dtype=torch.uint8)
+    for image in images:
+        centre = torch.rand(2, generator=random) * side / 3 + side / 3
+        colour = torch.randint(0, 200, (3,), generator=random).to(torch.uint8)
+        image[:, (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < (side / 4) ** 2] = colour[:, None]
+        image[:, side // 3 : side // 2, 1:4] = 20
+    return images
+
+
+def numbers(augmentation: Augmentation, count: int) -> torch.Tensor:
+    return torch.from_numpy(np.stack([augmentation.draw(generator("augment", 0, i, 0, 0)) for i in range(count)]))
+
+
+@pytest.mark.parametrize("side", [8, 33, 40])
+def test_it_is_the_identity_at_default_settings(side: int) -> None:
+    augmentation = Augmentation(OFF, side)
+    images = torch.randint(0, 256, (5, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(augmentation.apply(images, numbers(augmentation, 5)), images)
+
+
+@pytest.mark.parametrize("side", [24, 33])
+@pytest.mark.parametrize("canvas", [33, 48])
+def test_an_image_comes_out_the_same_whatever_batch_it_is_in(side: int, canvas: int) -> None:
+    """Otherwise workers and micro-batches would change what is trained on."""
+    augmentation = Augmentation(EVERYTHING, side)
+    images, drawn = pictures(70, canvas), numbers(augmentation, 70)
+    together = augmentation.apply(images, drawn)
+    backwards = augmentation.apply(images.flip(0), drawn.flip(0)).flip(0)
+    alone = torch.cat([augmentation.apply(images[i : i + 1], drawn[i : i + 1]) for i in range(70)])
+    assert torch.equal(together, backwards)
+    assert torch.equal(together, alone)
+
+
+def test_drawing_is_a_pure_function_of_the_generator_and_as_long_for_any_settings() -> None:
+    first, second = Augmentation(EVERYTHING, 32), Augmentation(OFF, 32)
+    assert np.array_equal(first.draw(generator("a", 1)), first.draw(generator("a", 1)))
+    assert not np.array_equal(first.draw(generator("a", 1)), first.draw(generator("a", 2)))
+    assert first.draw(generator("a", 1)).shape == second.draw(generator("a", 1)).shape
+    assert first.draw(generator("a", 1)).dtype == np.float32
+
+
+def test_one_setting_does_not_change_what_the_others_draw() -> None:
+    """Otherwise an ablation would compare two different draws."""
+    plain, erasing = Augmentation(replace(EVERYTHING, erase=0.0), 32), Augmentation(EVERYTHING, 32)
+    without, with_it = numbers(plain, 50), numbers(erasing, 50)
+    assert torch.equal(without[:, :39], with_it[:, :39])
+
+
+@pytest.mark.parametrize("name", sorted(ALWAYS))
+def test_each_setting_alone_changes_images(name: str) -> None:
+    """A setting that nothing reads would be a silent no-op."""
+    augmentation = Augmentation(replace(OFF, **{name: ALWAYS[name]}), 32)
+    images = pictures(8, 32)
+    changed = augmentation.apply(images, numbers(augmentation, 8))
+    assert (changed != images).flatten(1).any(1).sum() >= 6
+
+
+def test_the_table_of_settings_that_are_tested_is_complete() -> None:
+    assert {field.name for field in fields(AugmentSettings)} == set(ALWAYS) | {"fill"}
+
+
+def test_flipping_mirrors_exactly() -> None:
+    augmentation = Augmentation(replace(OFF, flip=1.0), 40)
+    images = pictures(6, 40)
+    assert torch.equal(augmentation.apply(images, numbers(augmentation, 6)), images.flip(-1))
+
+
+def test_quarter_turns_are_exact_rotations() -> None:
+    augmentation = Augmentation(replace(OFF, rotation=90.0), 40)
+    images, drawn = pictures(1, 40), numbers(augmentation, 1)
+    drawn[:, :6] = torch.tensor([0.0, -1.0, 0.0, 1.0, 0.0, 0.0])
+    turned = augmentation.apply(images, drawn)
+    assert any(torch.equal(turned, images.rot90(k, (-2, -1))) for k in (1, 3))
+
+
+def test_zooming_in_magnifies_about_the_middle() -> None:
+    augmentation = Augmentation(replace(OFF, zoom=(2.0, 2.0)), 32)
+    image = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
+    image[..., 12:20, 12:20] = 0
+    dark = (augmentation.apply(image, numbers(augmentation, 1)) < 128)[0, 0]
+    assert dark[8:24, 8:24].all()
+    assert dark.sum() == 16 * 16
+
+
+@pytest.mark.parametrize(("fill", "corner"), [("white", 255), ("edge", 0)])
+def test_what_lies_outside_the_picture_is_what_fill_says(fill: str, corner: int) -> None:
+    augmentation = Augmentation(replace(OFF, zoom=(0.5, 0.5), fill=fill), 32)
+    black = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    assert (augmentation.apply(black, numbers(augmentation, 2))[..., 0, 0] == corner).all()
+
+
+def test_a_larger_canvas_is_averaged_down_without_aliasing() -> None:
+    """A checkerboard of single pixels must become grey, not black or white."""
+    board = ((torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255).to(torch.uint8).expand(2, 3, 64, 64)
+    augmentation = Augmentation(OFF, 32)
+    small = augmentation.apply(board.contiguous(), numbers(augmentation, 2))
+    assert small.shape == (2, 3, 32, 32)
+    assert (small.int() - 127).abs().max() <= 1
+
+
+def test_two_tone_gives_greys_and_keeps_white_white() -> None:
+    augmentation = Augmentation(replace(OFF, two_tone=1.0), 32)
+    result = augmentation.apply(pictures(20, 32), numbers(augmentation, 20))
+    assert torch.equal(result[:, 0], result[:, 1]) and torch.equal(result[:, 0], result[:, 2])
+    assert (result[..., 0, :] >= 250).all()
+
+
+def test_outlines_are_dark_where_colours_change_and_nowhere_else() -> None:
+    augmentation = Augmentation(replace(OFF, outline=1.0), 32)
+    image = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
+    image[:, :, 8:24, 8:24] = 200
+    image[:, :2, 8:24, 8:24] = 0
+    result = augmentation.apply(image, numbers(augmentation, 1)).float().mean(1)[0]
+    assert (result[:6] == 255).all()
+    assert (result[7:9, 12:20] < 140).all()
+
+
+def test_hue_and_saturation_leave_greys_alone() -> None:
+    augmentation = Augmentation(replace(OFF, hue=180.0, saturation=1.0), 16)
+    grey = torch.arange(0, 256, dtype=torch.uint8).view(1, 1, 16, 16).expand(9, 3, 16, 16).contiguous()
+    assert (augmentation.apply(grey, numbers(augmentation, 9)).int() - grey.int()).abs().max() <= 1
+
+
+def test_the_numbers_alone_decide_what_apply_does() -> None:
+    """apply must not draw: global generators are left alone and have no say."""
+    augmentation = Augmentation(EVERYTHING, 24)
+    images, drawn = pictures(4, 24), numbers(augmentation, 4)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = augmentation.apply(images, drawn)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(augmentation.apply(images, drawn), first)

@@ -1,0 +1,331 @@
+"""Decoding: were these to fail, odd pictures would be seen wrongly, or a stranger's file could stop a run."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from triscale.data.decode import decode_image, fit_square, image_extension
+from triscale.data.samples import BadSample
+
+
+def encode(image: Image.Image, form: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def picture(height: int = 24, width: int = 36) -> np.ndarray:
+    """A smooth picture without any symmetry, uint8 (h, w, 3)."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([x * 255 // width, y * 255 // height, (x + 2 * y) * 255 // (width + 2 * height)], -1).astype(
+        np.uint8
+    )
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, extra: bytes = b"") -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def reason_for(data: bytes, **options) -> str:
+    with pytest.raises(BadSample) as bad:
+        decode_image(data, **options)
+    return bad.value.reason
+
+
+# Odd but valid: the pixels are compared.
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_lossless_rgb_comes_back_exactly(form: str) -> None:
+    decoded = decode_image(encode(Image.fromarray(picture()), form, lossless=True))
+    assert np.array_equal(decoded, picture())
+    assert decoded.dtype == np.uint8 and decoded.flags.writeable
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_comes_back_closely(progressive: bool) -> None:
+    data = encode(Image.fromarray(picture()), "JPEG", quality=95, progressive=progressive)
+    assert np.abs(decode_image(data).astype(int) - picture()).mean() < 3
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_grey_becomes_three_equal_channels(form: str) -> None:
+    grey = picture()[..., 0]
+    decoded = decode_image(encode(Image.fromarray(grey), form, lossless=True, quality=95))
+    assert np.abs(decoded.astype(int) - grey[..., None]).max() <= (4 if form == "JPEG" else 0)
+
+
+def test_one_bit_pictures_become_black_and_white() -> None:
+    bits = picture()[..., 0] > 128
+    assert np.array_equal(decode_image(encode(Image.fromarray(bits), "PNG")), bits[..., None] * np.full(3, 255))
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped() -> None:
+    values = np.array([[0, 128, 129, 255, 256, 257, 32767, 32768, 65406, 65407, 65535]], dtype=np.uint16)
+    decoded = decode_image(encode(Image.fromarray(values), "PNG"))
+    assert np.array_equal(decoded[..., 0], np.rint(values / 257).astype(np.uint8))
+    assert np.array_equal(decoded[..., 0], decoded[..., 2])
+
+
+def test_sixteen_bit_rgb_is_scaled() -> None:
+    values = np.array([[[0, 257, 65535], [32768, 1000, 60000]]], dtype=np.uint16)
+    decoded = decode_image(png(2, 1, 16, 2, b"\0" + values.astype(">u2").tobytes()))
+    assert np.abs(decoded - values / 257).max() <= 1
+
+
+@pytest.mark.parametrize(("mode", "opaque"), [("RGBA", (10, 20, 30)), ("LA", (10,))])
+def test_transparency_shows_white(mode: str, opaque: tuple[int, ...]) -> None:
+    image = Image.new(mode, (3, 1))
+    for x, alpha in enumerate((0, 128, 255)):
+        image.putpixel((x, 0), (*opaque, alpha))
+    colour = np.array(opaque if mode == "RGBA" else opaque * 3)
+    row = decode_image(encode(image, "PNG"))[0]
+    assert row[0].tolist() == [255, 255, 255]
+    assert np.abs(row[1] - (colour * 128 + 255 * 127) / 255).max() <= 1
+    assert row[2].tolist() == colour.tolist()
+
+
+def test_transparent_webp_shows_white() -> None:
+    image = Image.new("RGBA", (8, 8), (200, 0, 0, 0))
+    assert (decode_image(encode(image, "WEBP", lossless=True, exact=True)) == 255).all()
+
+
+def test_a_palette_is_looked_up() -> None:
+    image = Image.fromarray(picture()).quantize(16)
+    assert np.array_equal(decode_image(encode(image, "PNG")), np.array(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("transparency", [1, b"\xff\x00\x80"])
+def test_a_palette_with_transparency_shows_white(transparency: int | bytes) -> None:
+    image = Image.new("P", (3, 1))
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    for x in range(3):
+        image.putpixel((x, 0), x)
+    row = decode_image(encode(image, "PNG", transparency=transparency))[0].tolist()
+    assert row[0] == [255, 0, 0] and row[1] == [255, 255, 255]
+    assert row[2] == ([0, 0, 255] if transparency == 1 else [127, 127, 255])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_transparent_colour_shows_white(mode: str) -> None:
+    image = Image.new(mode, (2, 1), 0 if mode == "L" else (0, 0, 0))
+    image.putpixel((1, 0), 90 if mode == "L" else (90, 90, 90))
+    transparency = 0 if mode == "L" else (0, 0, 0)
+    assert decode_image(encode(image, "PNG", transparency=transparency))[0, :, 0].tolist() == [255, 90]
+
+
+@pytest.mark.parametrize("adobe", [True, False])
+def test_cmyk_jpegs_which_hold_inverted_ink_come_out_in_their_colours(adobe: bool) -> None:
+    colours = {(0, 255, 255, 0): (255, 0, 0), (255, 0, 0, 0): (0, 255, 255), (0, 0, 0, 255): (0, 0, 0)}
+    for ink, colour in colours.items():
+        data = encode(Image.new("CMYK", (16, 16), ink), "JPEG", quality=100)
+        marker = data.index(b"\xff\xee")
+        assert data[marker + 4 : marker + 9] == b"Adobe"
+        if not adobe:
+            data = data[:marker] + data[marker + 16 :]
+        assert np.abs(decode_image(data)[8, 8].astype(int) - colour).max() <= 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_exif_orientation_is_undone(orientation: int, form: str) -> None:
+    seen = picture()
+    # How a camera stores the picture that is to be seen, by EXIF 2.3 table 6: where row 0 and column 0 lie.
+    stored = {
+        1: seen,
+        2: seen[:, ::-1],
+        3: seen[::-1, ::-1],
+        4: seen[::-1],
+        5: seen.transpose(1, 0, 2),
+        6: np.rot90(seen, 1),
+        7: seen[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(seen, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(np.ascontiguousarray(stored)), form, exif=exif, lossless=True, quality=95)
+    decoded = decode_image(data)
+    assert decoded.shape == seen.shape
+    assert np.abs(decoded.astype(int) - seen).mean() < (3 if form == "JPEG" else 1e-9)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\x01\0"]
+)
+def test_damaged_exif_does_not_cost_the_picture(exif: bytes) -> None:
+    assert np.array_equal(decode_image(encode(Image.fromarray(picture()), "PNG", exif=exif)), picture())
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_is_ignored(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(decode_image(encode(Image.fromarray(picture()), "PNG", exif=exif)), picture())
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_is_seen(form: str) -> None:
+    first, second = Image.fromarray(picture()), Image.new("RGB", (36, 24), "blue")
+    data = encode(first, form, save_all=True, append_images=[second], lossless=True, duration=100)
+    assert np.array_equal(decode_image(data), picture())
+
+
+def test_a_colour_profile_and_a_comment_change_nothing() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = encode(Image.fromarray(picture()), "PNG", icc_profile=profile)
+    assert np.array_equal(decode_image(data), picture())
+
+
+def test_a_single_pixel_and_a_thin_line_are_pictures() -> None:
+    for shape in ((1, 1), (1, 900), (900, 1)):
+        assert decode_image(encode(Image.fromarray(picture(*shape)), "PNG")).shape == (*shape, 3)
+
+
+def test_bytes_after_the_end_are_ignored() -> None:
+    assert np.array_equal(decode_image(encode(Image.fromarray(picture()), "PNG") + b"trailing"), picture())
+
+
+# Bad: the reason is told apart.
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("fraction", [0.3, 0.6, 0.95])
+def test_a_cut_off_file_is_truncated(form: str, fraction: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), form)
+    assert reason_for(data[: int(len(data) * fraction)]) == "image-truncated"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"GIF89a" + b"\0" * 50, b"<svg/>", b"hello", b"\0" * 1000, b"BM" + b"\0" * 100, b"II*\0" + b"\0" * 100],
+)
+def test_other_formats_and_other_bytes_are_unreadable(data: bytes) -> None:
+    assert reason_for(data) == "image-unreadable"
+
+
+def test_formats_outside_the_three_are_not_even_tried() -> None:
+    for form in ("GIF", "BMP", "TIFF", "PPM", "EPS"):
+        data = encode(Image.fromarray(picture()), form)
+        assert image_extension(data) == "" and reason_for(data) == "image-unreadable"
+
+
+def test_a_damaged_png_is_unreadable() -> None:
+    data = bytearray(encode(Image.fromarray(picture()), "PNG"))
+    data[data.index(b"IDAT") + 6] ^= 0xFF
+    assert reason_for(bytes(data)) == "image-unreadable"
+
+
+def test_no_bytes_are_an_empty_image() -> None:
+    assert reason_for(b"") == "image-empty"
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_too_many_pixels_are_refused_by_the_header(form: str) -> None:
+    data = encode(Image.fromarray(picture(24, 36)), form)
+    assert decode_image(data, max_pixels=24 * 36).shape == (24, 36, 3)
+    assert reason_for(data, max_pixels=24 * 36 - 1) == "image-too-large"
+
+
+def test_a_decompression_bomb_is_refused_whatever_pillows_own_limit(monkeypatch) -> None:
+    bomb = png(60_000, 60_000, 8, 2, b"\0" * 1000)
+    assert reason_for(bomb) == "image-too-large"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert reason_for(bomb) == "image-too-large"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert decode_image(encode(Image.fromarray(picture()), "PNG")).shape == (24, 36, 3)
+
+
+@settings(max_examples=150)
+@given(
+    st.sampled_from(["JPEG", "PNG", "WEBP"]), st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=8)
+)
+def test_damaged_files_give_pixels_or_a_bad_sample_and_nothing_else(form: str, changes: list[tuple[int, int]]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = bytearray(encode(Image.fromarray(picture()), form, exif=exif))
+    for offset, value in changes:
+        data[offset % len(data)] = value
+    try:
+        assert decode_image(bytes(data), max_pixels=10**6).shape[2] == 3
+    except BadSample as bad:
+        assert bad.reason in ("image-unreadable", "image-truncated", "image-too-large")
+
+
+@settings(max_examples=60)
+@given(st.binary(max_size=60), st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\x20\0\0\0WEBP", b""]))
+def test_arbitrary_bytes_give_a_bad_sample(tail: bytes, magic: bytes) -> None:
+    assert reason_for(magic + tail) in ("image-unreadable", "image-truncated", "image-too-large", "image-empty")
+
+
+# Smaller on request.
+
+
+@pytest.mark.parametrize(
+    ("min_side", "shape"), [(None, (240, 320)), (121, (240, 320)), (120, (120, 160)), (30, (30, 40))]
+)
+def test_a_jpeg_may_come_smaller_but_never_below_the_wanted_side(min_side: int | None, shape: tuple[int, int]) -> None:
+    big = picture(240, 320)
+    decoded = decode_image(encode(Image.fromarray(big), "JPEG", quality=95), min_side=min_side)
+    assert decoded.shape == (*shape, 3)
+    step = 240 // shape[0]
+    mean = big.reshape(shape[0], step, shape[1], step, 3).mean((1, 3))
+    assert np.abs(decoded - mean).mean() < 3
+
+
+def test_a_png_keeps_its_size_whatever_side_is_wanted() -> None:
+    assert np.array_equal(decode_image(encode(Image.fromarray(picture()), "PNG"), min_side=4), picture())
+
+
+# Squares.
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_a_square_of_the_right_size_is_left_as_it_is(fit) -> None:
+    image = picture(32, 32)
+    assert fit_square(image, 32, fit) is image
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1), (31, 32), (33, 32), (100, 60), (7, 5)])
+def test_every_shape_becomes_a_square(fit, shape: tuple[int, int]) -> None:
+    square = fit_square(picture(*shape), 32, fit)
+    assert square.shape == (32, 32, 3) and square.dtype == np.uint8 and square.flags.writeable
+
+
+def test_crop_takes_the_middle_and_pad_shows_all_on_white() -> None:
+    image = picture(20, 32)
+    assert np.array_equal(fit_square(image, 20, "crop"), image[:, 6:26])
+    padded = fit_square(image, 32, "pad")
+    assert np.array_equal(padded[6:26], image)
+    assert (padded[:6] == 255).all() and (padded[26:] == 255).all()
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_reducing_averages_rather_than_skips_pixels(fit) -> None:
+    board = np.indices((256, 256)).sum(0) % 2 * np.uint8(255)
+    reduced = fit_square(np.repeat(board[..., None], 3, 2).astype(np.uint8), 16, fit)
+    assert np.abs(reduced.astype(int) - 127).max() <= 2
+
+
+def test_enlarging_keeps_a_plain_colour() -> None:
+    assert (fit_square(np.full((5, 5, 3), 77, np.uint8), 48, "crop") == 77).all()
+
+
+def test_a_thin_picture_does_not_grow_beyond_bounds() -> None:
+    thin = np.zeros((1, 2_000_000, 3), np.uint8)  # resized before it is cropped it would take 1.5 GB
+    assert (fit_square(thin, 16, "crop") == 0).all()
