@@ -1,0 +1,49 @@
+"""A dual encoder: two towers that embed images and texts into one space. The temperature is the loss's."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from triscale.errors import UsageError
+from triscale.models.image import ImageTower, build_image_tower
+from triscale.models.settings import ModelSettings
+from triscale.models.text import TextTower, build_text_tower
+
+
+class DualEncoder(nn.Module):
+    """The image and the text tower, (m, 3, s, s) -> (m, d) and (m, l) -> (m, d), as one module.
+
+    Its state dict is that of the towers under `image.` and `text.`. It has no forward pass of its own: each tower is
+    a lane of `ContrastiveStep`, with its own micro-batch.
+    """
+
+    def __init__(self, image: ImageTower, text: TextTower) -> None:
+        super().__init__()
+        self.image = image
+        self.text = text
+
+    def towers(self) -> dict[str, nn.Module]:
+        """The lanes of `ContrastiveStep`."""
+        return {"image": self.image, "text": self.text}
+
+
+def build_dual_encoder(settings: ModelSettings, *, image_size: int, vocabulary: int, tokens: int) -> DualEncoder:
+    """The towers that `settings` describe, freshly initialised from torch's default generator.
+
+    Args:
+        settings: the towers.
+        image_size: side of the images, in pixels.
+        vocabulary: number of token ids; id 0 is padding.
+        tokens: longest token row.
+
+    Raises:
+        UsageError: settings that describe no model, in one line.
+    """
+    for name, size in {"--model.embedding": settings.embedding, "image size": image_size, "tokens": tokens}.items():
+        if size < 1:
+            raise UsageError(f"{name} is {size}; it must be at least 1")
+    for name, probability in {"dropout": settings.dropout, "drop-path": settings.drop_path}.items():
+        if not 0 <= probability < 1:
+            raise UsageError(f"--model.{name} is {probability}; it must be at least 0 and below 1")
+    image = build_image_tower(settings, image_size)
+    return DualEncoder(image, build_text_tower(settings, vocabulary=vocabulary, tokens=tokens))
