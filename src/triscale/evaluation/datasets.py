@@ -1,0 +1,298 @@
+"""Evaluation sets: what a model is judged on, as one type whatever the place it comes from.
+
+A set is written as one of
+
+* ``scenes:NAME``, a split of the embedded data set;
+* a folder in CLIP_benchmark's webdataset layout: ``test/nshards.txt`` and ``test/0.tar`` onwards beside
+  ``classnames.txt`` and ``zeroshot_classification_templates.txt`` (prompts with ``{c}``, one a line), or beside a
+  ``dataset_type.txt`` that says ``retrieval``, when the captions are the lines of each sample's ``.txt``;
+* a folder of class folders: each folder's name is a class, the images lie in it.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+
+from triscale.data.captions import all_captions, read_label
+from triscale.data.decode import decode_image
+from triscale.data.samples import BadSample, Sample, Source
+from triscale.data.scenes import CLASSNAMES, SPLITS, TEMPLATES, Scenes
+from triscale.data.shards import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, open_shards
+from triscale.errors import UsageError
+
+CLASSNAMES_FILE = "classnames.txt"
+TEMPLATES_FILE = "zeroshot_classification_templates.txt"
+TASK_FILE = "dataset_type.txt"
+SHARD_COUNT_FILE = "test/nshards.txt"
+MAX_LIST_BYTES = 16 * 2**20
+LABELS_CHECKED_AT_OPENING = 256
+LONGEST_QUOTE = 300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One decoded sample of an evaluation set."""
+
+    image: UInt8[np.ndarray, "h w 3"]
+    label: int = -1
+    """Index into the set's class names; -1 in a retrieval set."""
+    captions: tuple[str, ...] = ()
+    """At least one in a retrieval set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """Samples with what is needed to score a model on them."""
+
+    name: str
+    """What results call it: the folder's name without `wds_`."""
+    task: Literal["classification", "retrieval"]
+    source: Source
+    classnames: tuple[str, ...] = ()
+    """Distinct names; empty in a retrieval set."""
+    templates: tuple[str, ...] = ()
+    """Prompt templates with `{c}` where the class name goes."""
+    class_of_label: tuple[int, ...] = ()
+    """For each label of the source, the index of its name in `classnames`."""
+    skipped: int = 0
+    """Entries of the shards that the source left out: duplicate keys, samples without an image, links."""
+
+    def __len__(self) -> int:
+        """The number of samples, bad ones included."""
+        return len(self.source)
+
+    @property
+    def merged_classes(self) -> int:
+        """The number of labels whose name an earlier label has already."""
+        return len(self.class_of_label) - len(self.classnames)
+
+    def read(self, index: int) -> Example:
+        """Read and decode sample `index`.
+
+        Raises:
+            BadSample: the image or its captions can't be read; the reason says what is wrong.
+            UsageError: the label is missing, not a number or out of range: then the whole set is in doubt.
+        """
+        sample = self.source.read(index)
+        label = self._label(sample) if self.task == "classification" else -1
+        captions = tuple(all_captions(sample, ("txt",))) if self.task == "retrieval" else ()
+        image = decode_image(sample.image) if isinstance(sample.image, bytes) else sample.image
+        return Example(image=image, label=label, captions=captions)
+
+    def check_labels(self, samples: int = LABELS_CHECKED_AT_OPENING) -> None:
+        """Raise UsageError if one of `samples` labels, evenly spread over the set, is wrong."""
+        for index in range(0, len(self), max(1, len(self) // samples)):
+            try:
+                self._label(self.source.read(index))
+            except BadSample:
+                continue
+
+    def _label(self, sample: Sample) -> int:
+        where = f"evaluation set {_quote(self.name)}, sample {_quote(sample.key)}"
+        try:
+            label = read_label(sample)
+        except BadSample as fault:
+            raise UsageError(f"{where}: {fault.reason}; KEY.cls must hold the class's number, from 0") from fault
+        if label >= len(self.class_of_label):
+            raise UsageError(
+                f"{where}: label {label} is out of range; {len(self.class_of_label)} class names count from 0"
+            )
+        return self.class_of_label[label]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassFolders:
+    """A source of images that lie in one folder per class. Labels count the folders in order of their names."""
+
+    name: str
+    files: tuple[tuple[str, int], ...]
+    """Path and label of every image."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> Sample:
+        """Sample `index`; its key is the class folder and file name."""
+        path, label = self.files[index]
+        key = "/".join(Path(path).parts[-2:])
+        if os.path.getsize(path) > MAX_IMAGE_BYTES:
+            raise BadSample("image-too-large", key)
+        return Sample(key=key, image=Path(path).read_bytes(), label=str(label).encode())
+
+
+def open_set(spec: str, root: str = "") -> EvaluationSet:
+    """Open one evaluation set.
+
+    Args:
+        spec: "scenes:NAME" or a folder, relative to `root` (see the module's docstring).
+
+    Raises:
+        UsageError: no such set, or something that scoring needs is missing or wrong.
+    """
+    if spec.startswith("scenes:"):
+        split = spec.removeprefix("scenes:")
+        if split == "train" or split not in SPLITS:
+            raise UsageError(f"evaluation set {_quote(spec)}: there are {', '.join(s for s in SPLITS if s != 'train')}")
+        return _classification(split, Scenes(split), CLASSNAMES, TEMPLATES)
+    folder = Path(root, spec)
+    if not folder.is_dir():
+        raise UsageError(f"evaluation set {_quote(str(folder))}: there is no such folder")
+    if (folder / "test").is_dir() or (folder / CLASSNAMES_FILE).exists() or (folder / TASK_FILE).exists():
+        return _open_webdataset(folder)
+    return _open_class_folders(folder)
+
+
+def open_sets(specs: Sequence[str], root: str = "") -> list[EvaluationSet]:
+    """Open the sets that `specs` name, in that order; a spec may be a glob of folders, taken in order of their names.
+
+    A folder that an earlier spec has named already is left out, so ("wds_val", "wds_*") puts one set first.
+
+    Raises:
+        UsageError: as `open_set`; also for a glob without a match and for two sets of the same name.
+    """
+    found: dict[str, str] = {}
+    for spec in specs:
+        for single in _expand(spec, root):
+            identity = single if single.startswith("scenes:") else os.path.realpath(os.path.join(root, single))
+            found.setdefault(identity, single)
+    sets: dict[str, EvaluationSet] = {}
+    for spec in found.values():
+        opened = open_set(spec, root)
+        if opened.name in sets:
+            raise UsageError(f"two evaluation sets are named {_quote(opened.name)}: rename one folder")
+        sets[opened.name] = opened
+    return list(sets.values())
+
+
+def _expand(spec: str, root: str) -> list[str]:
+    if spec.startswith("scenes:") or os.path.isdir(os.path.join(root, spec)) or not glob.has_magic(spec):
+        return [spec]
+    matches = sorted(m for m in glob.glob(spec, root_dir=root or None) if os.path.isdir(os.path.join(root, m)))
+    if not matches:
+        raise UsageError(f"evaluation sets {_quote(spec)}: no folder below {_quote(root or '.')} matches")
+    return matches
+
+
+def _classification(
+    name: str, source: Source, classnames: Sequence[str], templates: Sequence[str], skipped: int = 0
+) -> EvaluationSet:
+    position: dict[str, int] = {}
+    for classname in classnames:
+        position.setdefault(classname, len(position))
+    return EvaluationSet(
+        name=name,
+        task="classification",
+        source=source,
+        classnames=tuple(position),
+        templates=tuple(templates),
+        class_of_label=tuple(position[classname] for classname in classnames),
+        skipped=skipped,
+    )
+
+
+def _open_webdataset(folder: Path) -> EvaluationSet:
+    name = _set_name(folder)
+    task = (_lines(folder / TASK_FILE) or ["classification"])[0] if (folder / TASK_FILE).exists() else "classification"
+    if task not in ("classification", "retrieval"):
+        raise UsageError(
+            f"{_quote(str(folder / TASK_FILE))}: {_quote(task)} is neither 'classification' nor 'retrieval'"
+        )
+    if task == "retrieval":
+        source = open_shards(_shards(folder))
+        return EvaluationSet(name=name, task="retrieval", source=source, skipped=len(source.skipped))
+    classnames, templates = _classnames(folder), _templates(folder)
+    source = open_shards(_shards(folder))
+    opened = _classification(name, source, classnames, templates, len(source.skipped))
+    opened.check_labels()
+    return opened
+
+
+def _open_class_folders(folder: Path) -> EvaluationSet:
+    folders = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    files = [
+        (str(path), label)
+        for label, class_folder in enumerate(folders)
+        for path in sorted(class_folder.iterdir())
+        if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS and path.is_file()
+    ]
+    if not files:
+        inner = [entry for entry in folders if (entry / SHARD_COUNT_FILE).exists()]
+        hint = f"for the sets inside it, give {_quote(str(folder / '*'))}" if inner else "see the documented layouts"
+        raise UsageError(
+            f"evaluation set {_quote(str(folder))}: neither {SHARD_COUNT_FILE} nor class folders with images; {hint}"
+        )
+    for class_folder in folders:
+        if not class_folder.name.isprintable():
+            raise UsageError(f"class folder {_quote(str(class_folder))}: its name holds unprintable characters")
+    templates = _templates(folder) if (folder / TEMPLATES_FILE).exists() else ("{c}",)
+    source = ClassFolders(name=_set_name(folder), files=tuple(files))
+    return _classification(source.name, source, [entry.name for entry in folders], templates)
+
+
+def _set_name(folder: Path) -> str:
+    return os.path.basename(os.path.abspath(folder)).removeprefix("wds_")
+
+
+def _shards(folder: Path) -> list[str]:
+    """The paths of test/0.tar to test/(n-1).tar, n as test/nshards.txt says."""
+    count_file = folder / SHARD_COUNT_FILE
+    text = "".join(_lines(count_file)[:1])
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) > 0):
+        raise UsageError(f"{_quote(str(count_file))}: it must hold the number of shards, not {_quote(text)}")
+    shards = []
+    for number in range(int(text)):
+        shard = folder / "test" / f"{number}.tar"
+        if not shard.is_file():
+            raise UsageError(f"{_quote(str(count_file))} says {int(text)} shards, but {number}.tar is not there")
+        shards.append(str(shard))
+    if (folder / "test" / f"{int(text)}.tar").exists():
+        raise UsageError(f"{_quote(str(count_file))} says {int(text)} shards, but there is a {int(text)}.tar too")
+    return shards
+
+
+def _classnames(folder: Path) -> tuple[str, ...]:
+    names = _lines(folder / CLASSNAMES_FILE)
+    if not names:
+        raise UsageError(f"{_quote(str(folder / CLASSNAMES_FILE))}: there are no class names in it")
+    if "" in names:
+        raise UsageError(f"{_quote(str(folder / CLASSNAMES_FILE))}: line {names.index('') + 1} holds no class name")
+    return tuple(names)
+
+
+def _templates(folder: Path) -> tuple[str, ...]:
+    templates = [line for line in _lines(folder / TEMPLATES_FILE) if line]
+    if not templates:
+        raise UsageError(f"{_quote(str(folder / TEMPLATES_FILE))}: there are no prompt templates in it")
+    for template in templates:
+        if "{c}" not in template:
+            raise UsageError(
+                f"{_quote(str(folder / TEMPLATES_FILE))}: {_quote(template)} lacks {{c}}, the place of the class name"
+            )
+    return tuple(templates)
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a small text file, without white space around them and without empty lines at the end."""
+    try:
+        if path.stat().st_size > MAX_LIST_BYTES:
+            raise UsageError(f"{_quote(str(path))}: larger than {MAX_LIST_BYTES >> 20} MiB")
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{_quote(str(path))}: {error.strerror or 'cannot be read'}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{_quote(str(path))}: it is not UTF-8 text") from error
+    # Not splitlines(): that also breaks lines at separators that names may hold, and labels are line numbers.
+    return [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
+
+
+def _quote(text: str | bytes) -> str:
+    """A name for a message: one line of printable characters, whatever it holds, and not endless."""
+    return repr(text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE])

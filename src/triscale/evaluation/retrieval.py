@@ -1,0 +1,139 @@
+"""Image-to-text and text-to-image recall, blocked: the matrix of all scores is never held.
+
+Recall@k as CLIP and CLIP_benchmark count it: the fraction of images one of whose captions is among the k best-scoring
+texts, and the fraction of texts whose image is among the k best-scoring images. It follows from the number of
+candidates that rank before a query's best positive:
+
+1. the scores of the positives are found in the tiles that hold them: a text has one image, the texts of an image stand
+   together, so these tiles lie along the diagonal;
+2. every tile of scores is computed once and serves both directions: for each image it counts the texts ahead of its
+   best caption, for each text the images ahead of its own.
+
+A score is always taken from the same tile, so a positive equals itself. Of equal scores the lower index ranks first.
+Rows of tiles are shared out over processes and the counts summed: integers, hence equal for any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from triscale import distributed
+from triscale.errors import RunError
+from triscale.evaluation.datasets import EvaluationSet
+from triscale.evaluation.encoder import Encoder, read_batches
+
+TILE_ROWS = 1024
+TILE_COLUMNS = 4096
+DEPTHS = (1, 5, 10)
+
+
+def evaluate_retrieval(encoder: Encoder, evaluation_set: EvaluationSet) -> dict[str, str | int | float]:
+    """Score a model on a retrieval set; every process calls it and gets the same result.
+
+    Returns:
+        "task"; "samples", the images really scored; "captions"; "image_to_text_recall@k" and "text_to_image_recall@k"
+        for k of 1, 5 and 10, fractions of 1; where not zero, "bad" samples left out.
+
+    Raises:
+        RunError: no sample can be read, or the model's embeddings are not finite.
+    """
+    images, texts, image_of_text, bad = _embed(encoder, evaluation_set)
+    if not len(images):
+        raise RunError(f"evaluation set {evaluation_set.name!r}: none of its {bad} samples can be read")
+    if not bool(images.isfinite().all() and texts.isfinite().all()):
+        raise RunError(f"evaluation set {evaluation_set.name!r}: the model's embeddings are not finite")
+    texts_ahead, images_ahead = candidates_ahead(images, texts, image_of_text)
+    result: dict[str, str | int | float] = {"task": "retrieval", "samples": len(images), "captions": len(texts)}
+    for way, ahead in (("image_to_text", texts_ahead), ("text_to_image", images_ahead)):
+        result |= {f"{way}_recall@{depth}": int((ahead < depth).sum()) / len(ahead) for depth in DEPTHS}
+    bad += evaluation_set.skipped
+    return result | ({"bad": bad} if bad else {})
+
+
+def candidates_ahead(
+    images: Float[Tensor, "n d"],
+    texts: Float[Tensor, "m d"],
+    image_of_text: Int[Tensor, " m"],
+    tile_rows: int = TILE_ROWS,
+    tile_columns: int = TILE_COLUMNS,
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
+    """For each image how many texts score above its best caption, and for each text how many images above its own.
+
+    Args:
+        images, texts: embeddings, equal on every process.
+        image_of_text: the index of each text's image, ascending; every image occurs.
+        tile_rows, tile_columns: sides of the largest block of scores that is held.
+    """
+    tiles = list(_tiles(len(images), len(texts), tile_rows, tile_columns))
+    own_score = _scores_of_positives(images, texts, image_of_text, tiles)
+    best_score = own_score.new_full((len(images),), -torch.inf)
+    best_score.scatter_reduce_(0, image_of_text, own_score, "amax")
+    text_index = torch.arange(len(texts), device=texts.device)
+    is_best = own_score == best_score[image_of_text]
+    best_text = torch.full_like(best_score, len(texts), dtype=torch.int64)
+    best_text.scatter_reduce_(0, image_of_text[is_best], text_index[is_best], "amin")
+
+    image_index = torch.arange(len(images), device=images.device)
+    texts_ahead, images_ahead = torch.zeros_like(image_index), torch.zeros_like(text_index)
+    for rows, columns in tiles:
+        scores = images[rows] @ texts[columns].T
+        best, own = best_score[rows, None], own_score[columns]
+        earlier_text = text_index[columns] < best_text[rows, None]
+        earlier_image = image_index[rows, None] < image_of_text[columns]
+        texts_ahead[rows] += ((scores > best) | ((scores == best) & earlier_text)).sum(dim=1)
+        images_ahead[columns] += ((scores > own) | ((scores == own) & earlier_image)).sum(dim=0)
+    return distributed.all_reduce_sum(texts_ahead), distributed.all_reduce_sum(images_ahead)
+
+
+def _tiles(n: int, m: int, tile_rows: int, tile_columns: int) -> Iterator[tuple[slice, slice]]:
+    """This process's blocks of an (n, m) matrix: a contiguous part of the rows of tiles."""
+    tile_count = -(-n // tile_rows)
+    rank, world = distributed.rank(), distributed.world_size()
+    for tile in range(tile_count * rank // world, tile_count * (rank + 1) // world):
+        for column in range(0, m, tile_columns):
+            rows = slice(tile * tile_rows, min((tile + 1) * tile_rows, n))
+            yield rows, slice(column, min(column + tile_columns, m))
+
+
+def _scores_of_positives(
+    images: Float[Tensor, "n d"],
+    texts: Float[Tensor, "m d"],
+    image_of_text: Int[Tensor, " m"],
+    tiles: list[tuple[slice, slice]],
+) -> Float[Tensor, " m"]:
+    """The score of every text with its own image, on every process."""
+    own_score = texts.new_full((len(texts),), -torch.inf)
+    for rows, columns in tiles:
+        owners = image_of_text[columns]
+        inside = ((owners >= rows.start) & (owners < rows.stop)).nonzero()[:, 0]
+        if len(inside):
+            scores = images[rows] @ texts[columns].T
+            own_score[columns.start + inside] = scores[owners[inside] - rows.start, inside]
+    return distributed.all_reduce_max(own_score)
+
+
+def _embed(encoder: Encoder, evaluation_set: EvaluationSet) -> tuple[Tensor, Tensor, Tensor, int]:
+    """All processes' embeddings: of images (n, d), of texts (m, d), each text's image (m,), and the bad samples."""
+    images, texts, captions_of_image, bad = [], [], [], 0
+    for examples, unreadable in read_batches(evaluation_set, encoder.batch_size):
+        bad += unreadable
+        if examples:
+            images.append(encoder.embed_images([example.image for example in examples]))
+            texts.append(encoder.embed_texts([text for example in examples for text in example.captions]))
+            captions_of_image += [len(example.captions) for example in examples]
+    width = torch.tensor([images[0].shape[1] if images else 0], device=encoder.device)
+    distributed.all_reduce_max(width)
+    none = torch.zeros(0, int(width), device=encoder.device)
+    all_images, all_texts = (_gather(torch.cat([none, *parts])) for parts in (images, texts))
+    caption_counts = _gather(torch.tensor(captions_of_image, dtype=torch.int64, device=encoder.device))
+    image_of_text = torch.repeat_interleave(torch.arange(len(all_images), device=encoder.device), caption_counts)
+    all_bad = distributed.all_reduce_sum(torch.tensor([bad], device=encoder.device))
+    return all_images, all_texts, image_of_text, int(all_bad)
+
+
+def _gather(rows: Tensor) -> Tensor:
+    return distributed.all_gather_rows(rows, distributed.row_counts(len(rows), rows.device))

@@ -1,0 +1,139 @@
+"""Several sets at once: their summary, the table, the file, and that W processes find what one finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import ranks
+import toy_sets
+from triscale.errors import RunError, UsageError
+from triscale.evaluation.datasets import open_set, open_sets
+from triscale.evaluation.suite import Results, evaluate, results_table, write_results
+
+LABELS = tuple(int(number * number) % 12 for number in range(60))
+CAPTIONS = [f"kind {n}\nkind {n} again" if n % 3 else f"kind {n}" for n in range(25)]
+HOSTILE = ("<script>", "[/red]", "[red]", "$x_", "a\x1b[2Jb", "c\nd\re", "\\", "表 \U0001f600", "\udcff", "x" * 10_000)
+
+
+def sets_of(folder: Path) -> Path:
+    toy_sets.write_set(folder / "wds_first", labels=LABELS, bad=(3, 40))
+    toy_sets.write_set(folder / "wds_other", labels=LABELS[:33], shards=2)
+    toy_sets.write_set(folder / "wds_strange", labels=LABELS[::-1], names=(*toy_sets.NAMES[:11], "kind 1"))
+    toy_sets.write_retrieval_set(folder / "wds_pictures", CAPTIONS, bad=(8,))
+    return folder
+
+
+def evaluate_all(rank: int, world: int, folder: str, batch_size: int) -> Results:
+    sets = open_sets(["wds_first", "wds_*"], folder)
+    return evaluate(toy_sets.encoder(batch_size), sets, shifts=("other", "strange"))
+
+
+def evaluate_both(rank: int, world: int, folder: str) -> list[Any]:
+    """With batches of 7 every process has several; one of 256 holds a whole set, so most processes have none."""
+    return [evaluate_all(rank, world, folder, batch_size) for batch_size in (7, 256)]
+
+
+def test_three_processes_find_exactly_what_one_finds(tmp_path: Path) -> None:
+    folder = str(sets_of(tmp_path))
+    results = ranks.run_ranks(evaluate_both, 3, folder)
+    assert results == [evaluate_both(0, 1, folder)] * 3
+
+
+def test_the_drop_is_from_the_first_set_to_the_mean_of_the_shifted(tmp_path: Path) -> None:
+    results = evaluate_all(0, 1, str(sets_of(tmp_path)), 7)
+    assert list(results["sets"]) == ["first", "other", "pictures", "strange"]
+    first, other, strange = (float(results["sets"][name]["top1"]) for name in ("first", "other", "strange"))
+    assert len({first, other, strange}) == 3
+    assert results["shift_mean"] == pytest.approx((other + strange) / 2)
+    assert results["drop"] == pytest.approx(first - (other + strange) / 2)
+
+
+def test_without_shifted_sets_there_is_no_drop(tmp_path: Path) -> None:
+    results = evaluate(toy_sets.encoder(), [open_set(str(toy_sets.write_set(tmp_path / "set")))])
+    assert (results["shift_mean"], results["drop"]) == (None, None)
+    assert "mean top-1" not in printed(results)
+
+
+@pytest.mark.parametrize("shift", ["nothing", "pictures"])
+def test_a_shifted_set_that_is_no_classification_set_here_is_refused_before_anything_is_computed(
+    tmp_path: Path, shift: str
+) -> None:
+    sets = open_sets(["wds_*"], str(sets_of(tmp_path)))
+    idle = dataclasses.replace(toy_sets.encoder(), image=pytest.fail, text=pytest.fail)
+    with pytest.raises(UsageError, match=f"'{shift}' is not among .* first, other, strange"):
+        evaluate(idle, sets, shifts=("other", shift))
+
+
+def test_sets_that_ask_the_same_of_a_model_share_one_classifier(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        toy_sets.write_set(tmp_path / name)
+    toy_sets.write_set(tmp_path / "c", templates=("{c}",))
+    asked: list[str] = []
+    counting = dataclasses.replace(
+        toy_sets.encoder(), text=lambda texts: asked.extend(texts) or toy_sets.embed_texts(texts)
+    )  # fmt: skip
+    evaluate(counting, open_sets(["a", "b", "c"], str(tmp_path)))
+    assert len(asked) == 12 * 3 + 12
+
+
+def results_of(names: tuple[str, ...]) -> Results:
+    scores = {"task": "classification", "samples": 1234, "classes": 8, "top1": 0.5, "top5": 1.0, "mean_per_class": 0.25}
+    recall = {f"{way}_recall@{k}": k / 16 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    sets: dict[str, Any] = {name: dict(scores) for name in names}
+    sets["pictures"] = {"task": "retrieval", "samples": 50, "captions": 99, **recall, "bad": 3}
+    return Results(sets=sets, shift_mean=0.375, drop=0.125)
+
+
+def printed(results: Results, width: int = 160) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(results_table(results))
+    return console.export_text()
+
+
+def test_the_table_shows_every_score_in_percent_with_the_level_of_chance() -> None:
+    text = printed(results_of(("val",)))
+    row = next(line for line in text.splitlines() if "val" in line)
+    assert row.split() == ["val", "1,234", "50.0", "100.0", "25.0", "12.5"]
+    assert "mean top-1 over shifted sets 37.5 %, drop 12.5 points" in text
+    row = next(line for line in text.splitlines() if "pictures" in line)
+    assert row.split() == ["pictures", "50", "3", "6.2", "31.2", "62.5", "6.2", "31.2", "62.5", "2.0"]
+
+
+def test_names_in_the_table_are_neither_markup_nor_control_codes_and_take_one_line() -> None:
+    text = printed(results_of(HOSTILE))
+    assert "\x1b" not in text and "\r" not in text
+    assert all(f"\n {name} " in text for name in ("<script>", "[/red]", "[red]", "$x_", "\\", "c\ufffdd\ufffde"))
+    assert len(text.splitlines()) == len(printed(results_of(tuple("abcdefghij"))).splitlines())
+
+
+def test_the_table_fits_eighty_columns() -> None:
+    text = printed(results_of(("fluent-emoji-high-contrast",)), width=80)
+    assert "fluent-emoji-high-contrast" in text and "…" not in text
+
+
+def test_written_results_are_read_back_equal_whatever_the_names(tmp_path: Path) -> None:
+    write_results(tmp_path / "new/results.json", results_of(HOSTILE))
+    assert json.loads((tmp_path / "new/results.json").read_text()) == results_of(HOSTILE)
+
+
+def test_a_failed_write_leaves_the_old_results_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_results(tmp_path / "results.json", results_of(("old",)))
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(RunError, match="No space left on device"):
+        write_results(tmp_path / "results.json", results_of(("new",)))
+    assert os.listdir(tmp_path) == ["results.json"]
+    assert "old" in json.loads((tmp_path / "results.json").read_text())["sets"]
