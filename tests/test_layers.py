@@ -24,7 +24,7 @@ training: __init__ settings memory step verify parallel optim checkpoint log loo
 evaluation: __init__ settings datasets encoder zeroshot retrieval suite report
 config run_folder inference
 recipes: scenes emoji clipart __init__
-assembly runs cli
+assembly runs options cli
 __init__ __main__
 """
 

@@ -101,7 +101,7 @@ def test_one_setting_does_not_change_what_the_others_draw() -> None:
     """Otherwise an ablation would compare two different draws."""
     plain, erasing = Augmentation(replace(EVERYTHING, erase=0.0), 32), Augmentation(EVERYTHING, 32)
     without, with_it = numbers(plain, 50), numbers(erasing, 50)
-    assert torch.equal(without[:, :39], with_it[:, :39])
+    assert torch.equal(without[:, :-7], with_it[:, :-7])
 
 
 @pytest.mark.parametrize("name", sorted(ALWAYS))

@@ -8,7 +8,8 @@ The numbers of an image, in this order:
 
 ======== == =====================================================================================================
 resample 18 affine map (source x from output x, y, 1; source y likewise), then four warp curves of three cosines
-tone      8 outline strength, how much of the fill stays, two-tone flag, its lower and upper bound, its channel mix
+tone      9 outline strength, how much of the fill stays; two-tone gain (0: off), lower and upper bound, channel mix,
+            how much tones count relative to their surroundings
 colour   12 rows of a 3 x 3 matrix with an offset: output channel from red, green, blue, 1
 blur      1 how much of the blurred image is mixed in
 erase     7 rectangle (left, top, right, bottom, in [0, 1]) and its colour
@@ -28,13 +29,15 @@ from torch import Tensor
 
 from triscale.data.settings import AugmentSettings
 
-_RESAMPLE, _TONE, _COLOUR, _BLUR, _ERASE = slice(0, 18), slice(18, 26), slice(26, 38), slice(38, 39), slice(39, 46)
-_LENGTH = 46
-_UNIFORMS = 48
+_RESAMPLE, _TONE, _COLOUR, _BLUR, _ERASE = slice(0, 18), slice(18, 27), slice(27, 39), slice(39, 40), slice(40, 47)
+_UNIFORMS = 50
 _LUMA = (0.299, 0.587, 0.114)
 _WARP_WAVES = 3
 _OUTLINE_GAIN = 2.5
-_TWO_TONE_GAIN = 6.0
+_SURROUNDINGS = 1 / 3
+"""Side of the square that a tone is compared with, as a fraction of the image's."""
+_LIGHT = 0.8
+"""Surroundings lighter than this count as this, so that a white ground stays white."""
 _LARGEST_ERASED_SIDE = 0.5
 _CHUNK = 32
 """Rows worked on at once: so many stay in a core's cache."""
@@ -58,7 +61,7 @@ class Augmentation:
         numbers = [
             *_draw_affine(s, [next(u) for _ in range(7)]),
             *_draw_warp(s, [next(u) for _ in range(4 * _WARP_WAVES)]),
-            *_draw_tone(s, [next(u) for _ in range(10)]),
+            *_draw_tone(s, [next(u) for _ in range(12)]),
             *_draw_colour(s, [next(u) for _ in range(8)]),
             *_draw_blur(s, [next(u) for _ in range(2)]),
             *_draw_erase(s, [next(u) for _ in range(8)]),
@@ -125,13 +128,14 @@ def _draw_warp(s: AugmentSettings, u: Sequence[float]) -> list[float]:
 
 
 def _draw_tone(s: AugmentSettings, u: Sequence[float]) -> list[float]:
-    """Outline strength and remaining fill; two-tone flag, the band of tones that becomes black, the channel mix."""
+    """Outline strength and remaining fill; two-tone gain, band of tones, channel mix and share of the surroundings."""
     outline = _between(0.5, 1.0, u[1]) if u[0] < s.outline else 0.0
     fill = 0.0 if u[2] < 1 / 3 else _between(0.0, 1.0, u[3])
-    flag = 1.0 if u[4] < s.two_tone else 0.0
-    upper = _between(0.4, 0.9, u[5])
-    lower = -1.0 if u[6] < 0.5 else upper * _between(0.2, 0.7, u[7])
-    return [outline, fill, flag, lower, upper, *_draw_mix(u[8], u[9])]
+    gain = _between(4.0, 12.0, u[11]) if u[4] < s.two_tone else 0.0
+    relative = 0.0 if u[10] < 0.5 else 2 * u[10] - 1
+    upper = _between(0.55 - 0.1 * relative, 0.9 - 0.3 * relative, u[5])
+    lower = -1.0 if relative or u[6] < 0.5 else upper * _between(0.2, 0.7, u[7])
+    return [outline, fill, gain, lower, upper, *_draw_mix(u[8], u[9]), relative]
 
 
 def _draw_mix(u: float, v: float) -> list[float]:
@@ -210,7 +214,7 @@ def _change_rows(x: Tensor, numbers: Tensor, flag: int, change: Callable[[Tensor
         x[rows] = change(x[rows], numbers[rows])
 
 
-def _outline(x: Float[Tensor, "n 3 s s"], numbers: Float[Tensor, "n 8"]) -> Float[Tensor, "n 3 s s"]:
+def _outline(x: Float[Tensor, "n 3 s s"], numbers: Float[Tensor, "n 9"]) -> Float[Tensor, "n 3 s s"]:
     """Draw dark lines where colours change, over the picture or what is left of it on white."""
     padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
     across = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]).abs()
@@ -220,12 +224,15 @@ def _outline(x: Float[Tensor, "n 3 s s"], numbers: Float[Tensor, "n 8"]) -> Floa
     return (1 - (1 - x) * fill) * (1 - lines * strength)
 
 
-def _two_tone(x: Float[Tensor, "n 3 s s"], numbers: Float[Tensor, "n 8"]) -> Float[Tensor, "n 3 s s"]:
-    """Black where the mix of channels lies between the bounds, white elsewhere, with soft edges."""
-    lower, upper, *mix = (numbers[:, i, None, None] for i in range(3, 8))
+def _two_tone(x: Float[Tensor, "n 3 s s"], numbers: Float[Tensor, "n 9"]) -> Float[Tensor, "n 3 s s"]:
+    """Black where the mix of channels, in itself or against its surroundings, is between the bounds; else white."""
+    gain, lower, upper, *mix, relative = (numbers[:, i, None, None] for i in range(2, 9))
     tone = x[:, 0] * mix[0] + x[:, 1] * mix[1] + x[:, 2] * mix[2]
-    above = ((tone - lower) * _TWO_TONE_GAIN + 0.5).clamp_(0, 1)
-    below = ((upper - tone) * _TWO_TONE_GAIN + 0.5).clamp_(0, 1)
+    reach = max(1, round(x.shape[-1] * _SURROUNDINGS / 2))
+    around = F.avg_pool2d(F.pad(tone, (reach, reach, reach, reach), value=1.0), 2 * reach + 1, stride=1)
+    tone = tone - (around.clamp(max=_LIGHT) - 0.5) * relative
+    above = ((tone - lower) * gain + 0.5).clamp_(0, 1)
+    below = ((upper - tone) * gain + 0.5).clamp_(0, 1)
     return (1 - above * below)[:, None].expand_as(x)
 
 

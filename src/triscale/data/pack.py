@@ -87,7 +87,7 @@ def write_evaluation_set(
 def pack_scenes(
     folder: str | Path,
     *,
-    size: int = 48,
+    size: int = 32,
     seed: int = 0,
     train_samples: int | None = None,
     eval_samples: int | None = None,

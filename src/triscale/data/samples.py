@@ -54,6 +54,9 @@ class Source(Protocol):
         """The number of samples."""
         ...
 
-    def read(self, index: int) -> Sample:
-        """Sample `index`, 0 <= index < len. Raises BadSample for bad bytes, OSError where reading failed."""
+    def read(self, index: int, *, image: bool = True) -> Sample:
+        """Sample `index`, 0 <= index < len; without `image` all of it but that, whose bytes are empty then.
+
+        Raises BadSample for bad bytes, OSError where reading failed.
+        """
         ...

@@ -39,7 +39,7 @@ class AugmentSettings:
     outline: float = 0.0
     """Probability of dark outlines where colours change, over the picture or over white, as drawings have them."""
     two_tone: float = 0.0
-    """Probability of a black and white image: a random band of tones becomes black."""
+    """Probability of a black and white image: black where tones are dark, in themselves or against what is around."""
     blur: float = 0.0
     """Probability of a blur of up to one pixel's standard deviation."""
     erase: float = 0.0

@@ -84,8 +84,8 @@ class ShardSource:
         start = int(self._key_ends[index - 1]) if index else 0
         return self._key_bytes[start : int(self._key_ends[index])].decode()
 
-    def read(self, index: int) -> Sample:
-        """Sample `index`, 0 <= index < len.
+    def read(self, index: int, *, image: bool = True) -> Sample:
+        """Sample `index`, 0 <= index < len; without `image` only its sidecars are read.
 
         Raises:
             BadSample: the image is empty or too large, or a sidecar too large; nothing of it was read.
@@ -102,6 +102,8 @@ class ShardSource:
         if places[0][1] == 0:
             raise BadSample("image-empty", key)
         shard = self._file(int(np.searchsorted(self._ends, index, side="right")))
+        if not image:
+            places[0] = (0, _ABSENT)
         parts = [None if size == _ABSENT else shard.read(offset, size) for offset, size in places]
         return Sample(key=key, image=parts[0] or b"", text=parts[1], metadata=parts[2], label=parts[3])
 

@@ -91,7 +91,7 @@ class EvaluationSet:
         """Raise UsageError if one of `samples` labels, evenly spread over the set, is wrong."""
         for index in range(0, len(self), max(1, len(self) // samples)):
             try:
-                self._label(self.source.read(index))
+                self._label(self.source.read(index, image=False))
             except BadSample:
                 continue
 
@@ -119,13 +119,13 @@ class ClassFolders:
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, index: int) -> Sample:
+    def read(self, index: int, *, image: bool = True) -> Sample:
         """Sample `index`; its key is the class folder and file name."""
         path, label = self.files[index]
         key = "/".join(Path(path).parts[-2:])
         if os.path.getsize(path) > MAX_IMAGE_BYTES:
             raise BadSample("image-too-large", key)
-        return Sample(key=key, image=Path(path).read_bytes(), label=str(label).encode())
+        return Sample(key=key, image=Path(path).read_bytes() if image else b"", label=str(label).encode())
 
 
 def open_set(spec: str, root: str = "") -> EvaluationSet:

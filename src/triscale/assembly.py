@@ -1,0 +1,164 @@
+"""The parts of a run, made from its config: device, data, tokenizer, towers, loss, step, optimizer, encoder.
+
+From here upwards code sees a whole config; everything below takes plain arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from triscale.config import LANES, RunConfig
+from triscale.data.augment import Augmentation
+from triscale.data.captions import all_captions
+from triscale.data.loader import BatchReader, open_source, require_batch
+from triscale.data.order import Order
+from triscale.data.samples import BadSample, Source
+from triscale.data.text import Tokenizer, train_tokenizer
+from triscale.errors import UsageError
+from triscale.evaluation.encoder import Encoder
+from triscale.losses import InfoNCE
+from triscale.models.dual_encoder import DualEncoder, build_dual_encoder
+from triscale.randomness import derive_seed
+from triscale.training import optim
+from triscale.training.memory import GIB, LanePlan
+from triscale.training.settings import parse_per_lane
+from triscale.training.step import ContrastiveStep, seeded
+
+TOKENIZER_SAMPLES = 20_000
+"""Most samples whose captions train a tokenizer; evenly spread over the source."""
+PICTURE_IMAGES = 4
+"""Test images of each set in the picture of a run."""
+VERIFY_DROPOUT = 0.1
+"""Least dropout and stochastic depth under which `verify` holds the step against direct."""
+
+
+def device_of(name: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "mps" means here; UsageError where it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, available in there.items() if available)
+    if not there[name]:
+        raise UsageError(f"--train.device {name}: there is no such device here; use auto or cpu")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+
+
+def captions_of(source: Source, fields: Sequence[str], templates: Sequence[str] = ()) -> Iterator[str]:
+    """Captions of at most 20,000 samples, evenly spread, then the templates' own words; bad samples are left out."""
+    count = min(len(source), TOKENIZER_SAMPLES)
+    for number in range(count):
+        with contextlib.suppress(BadSample):
+            yield from all_captions(source.read(len(source) * number // count, image=False), fields)
+    yield from (template.replace("{c}", " ") for template in templates)
+
+
+def make_tokenizer(config: RunConfig, source: Source, saved: Path | None = None) -> bytes:
+    """The sentencepiece model of a run: the saved one, the one that the config names, or one trained on the captions.
+
+    Every rank makes the same one by itself.
+    """
+    named = Path(config.data.tokenizer) if config.data.tokenizer else None
+    for path in (saved, named):
+        if path is not None and (path.exists() or path == named):
+            try:
+                return path.read_bytes()
+            except OSError as error:
+                raise UsageError(f"tokenizer {str(path)!r} cannot be read: {error.strerror}") from error
+    data = config.data
+    return train_tokenizer(captions_of(source, data.caption_fields, data.caption_templates), data.vocabulary)
+
+
+def open_training_data(config: RunConfig) -> Source:
+    """The training source; UsageError where it is missing or does not fill one batch."""
+    data = config.data
+    if data.train != "scenes" and not data.root and not os.path.isabs(data.train):
+        raise UsageError(f"this recipe reads {data.train!r} below a folder of yours: name it with --data.root DIR")
+    source = open_source(data.train, data.root)
+    require_batch(len(source), config.batch.size)
+    return source
+
+
+def check_model(config: RunConfig) -> None:
+    """Raise UsageError for towers that cannot be built, before any data is read; costs no memory."""
+    with torch.device("meta"):
+        build_dual_encoder(config.model, image_size=config.data.image_size, vocabulary=4, tokens=config.data.tokens)
+
+
+def make_reader(config: RunConfig, source: Source, tokenizer: bytes) -> BatchReader:
+    """What makes the rows of any position."""
+    return BatchReader(
+        [source],
+        Order([len(source)], seed=config.seed),
+        Tokenizer(tokenizer, config.data.tokens),
+        Augmentation(config.data.augment, config.data.image_size),
+        config.data,
+        config.seed,
+    )
+
+
+def make_model(config: RunConfig, vocabulary: int) -> tuple[DualEncoder, InfoNCE]:
+    """Towers and loss with the initial weights that the seed gives, on the CPU."""
+    with seeded(derive_seed("weights", config.seed), torch.device("cpu")):
+        model = build_dual_encoder(
+            config.model, image_size=config.data.image_size, vocabulary=vocabulary, tokens=config.data.tokens
+        )
+    settings = config.loss
+    return model, InfoNCE(settings.tiled, logit_scale=settings.logit_scale, max_logit_scale=settings.max_logit_scale)
+
+
+def make_step(
+    config: RunConfig, model: DualEncoder, loss: InfoNCE, plans: Mapping[str, LanePlan] | None = None
+) -> ContrastiveStep:
+    """The exact step as the config, or a run's earlier resolution of "auto", has it."""
+    step = ContrastiveStep(
+        model.towers(),
+        loss,
+        micro_batch=parse_per_lane("--batch.micro", config.batch.micro, LANES, smallest=1),
+        keep=parse_per_lane("--batch.keep", config.batch.keep, LANES, smallest=0),
+        seed=config.seed,
+        batch_norm=config.batch.batch_norm,
+        autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
+        budget_bytes=int(config.memory.budget_gib * GIB) or None,
+    )
+    step.plans.update(plans or {})
+    return step
+
+
+def make_optimizer(config: RunConfig, modules: Mapping[str, nn.Module]) -> torch.optim.AdamW:
+    """AdamW over every trainable parameter of the towers and the loss."""
+    settings = config.optim
+    return optim.adamw(
+        optim.parameter_groups(modules, settings.weight_decay),
+        learning_rate=settings.learning_rate,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        epsilon=settings.epsilon,
+    )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the training mode comes back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def make_encoder(config: RunConfig, model: DualEncoder, tokenizer: Tokenizer, device: torch.device) -> Encoder:
+    """The model as evaluation sees it."""
+    return Encoder(
+        image=lambda images: model.image(images.to(device)),
+        text=lambda texts: model.text(torch.from_numpy(tokenizer.encode(texts)).to(device)),
+        image_size=config.data.image_size,
+        fit=config.data.fit,
+        device=str(device),
+    )

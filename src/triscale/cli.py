@@ -1,0 +1,286 @@
+"""The command line: parses arguments, calls what they ask for, turns errors into a line and an exit status.
+
+Exit status: 0 done, 1 failed, 2 bad usage, 130 or 143 interrupted with the checkpoint written. Imports no torch, so
+that help answers at once; each command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from triscale import __version__
+from triscale.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from triscale.config import RunConfig
+
+T = TypeVar("T")
+VERIFY_LIMIT = 1e-10
+"""Largest relative error, in float64, of a gradient that counts as exact."""
+SHOWN_PARAMETERS = 5
+SHOWN_LABELS = 5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(_overview())
+            return 0 if arguments else 2
+        if arguments[0] == "--version":
+            print(__version__)
+            return 0
+        command, _ = _choose(COMMANDS, arguments[0], "command")
+        return command(arguments[1:])
+    except UsageError as error:
+        return _fail(error, 2)
+    except RunError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: object, status: int) -> int:
+    from rich.console import Console
+
+    line = "".join(c if c.isprintable() else " " for c in str(message))
+    Console(stderr=True, highlight=False).print(f"triscale: {line}", markup=False, soft_wrap=True)
+    return status
+
+
+def _report(line: str) -> None:
+    print(f"triscale: {line}", file=sys.stderr)
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:<17} {text}" for name, (_, text) in COMMANDS.items())
+    return (
+        f"usage: triscale COMMAND ...\n\nContrastive training and zero-shot evaluation at any batch size.\n\n{rows}\n\n"
+        "triscale COMMAND --help tells more; triscale --version gives the version."
+    )
+
+
+def _choose(choices: dict[str, T], name: str, what: str) -> T:
+    """The choice of that name; UsageError with the nearest one if there is none."""
+    if name not in choices:
+        near = difflib.get_close_matches(name, choices, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(choices)}"
+        raise UsageError(f"unknown {what} {name!r}: {hint}")
+    return choices[name]
+
+
+def _parse(kind: type[T], arguments: Sequence[str], prog: str, description: str, default: T | None = None) -> T:
+    """Fill the fields of the dataclass `kind` from the command line. Exits with status 2 on bad usage, 0 after help."""
+    import tyro
+
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=list(arguments), prog=prog, description=description, **options)
+
+
+def _recipe_config(command: str, arguments: Sequence[str]) -> tuple[RunConfig, str]:
+    """The config of `triscale COMMAND RECIPE --section.field value ...` or `... --config FILE ...`, and its name."""
+    from triscale.config import RunConfig, read_config
+    from triscale.recipes import RECIPES
+
+    usage = f"usage: triscale {command} RECIPE [--section.field value ...]  or  triscale {command} --config FILE [...]"
+    if not arguments or arguments[0] in ("-h", "--help"):
+        rows = "\n".join(f"  {name:<12} {_first_line(recipe.__doc__)}" for name, recipe in RECIPES.items())
+        help_text = (
+            f"{usage}\n\nRecipes:\n{rows}\n\ntriscale {command} RECIPE --help lists the fields with their values."
+        )
+        if not arguments:
+            raise UsageError(f"which recipe? There are {', '.join(RECIPES)}")
+        print(help_text)
+        raise SystemExit(0)
+    if arguments[0] == "--config":
+        if len(arguments) < 2:
+            raise UsageError("--config needs the path of a config.json")
+        name, rest = Path(arguments[1]).resolve().parent.name, arguments[2:]
+        default, description = read_config(arguments[1]), f"The run that {arguments[1]} describes."
+    else:
+        name, rest = arguments[0], arguments[1:]
+        recipe = _choose(RECIPES, name, "recipe")
+        default, description = recipe(), recipe.__doc__ or ""
+    return _parse(RunConfig, rest, f"triscale {command} {name}", description, default), name
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().splitlines()[0] if text else ""
+
+
+def _write_json(path: str, values: Any) -> None:
+    import json
+
+    if path:
+        try:
+            Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--json {path!r} cannot be written: {error.strerror}") from error
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train a recipe, or go on with its run."""
+    config, name = _recipe_config("train", arguments)
+    from triscale.runs import train_run
+
+    return train_run(config, name)
+
+
+def verify(arguments: Sequence[str]) -> int:
+    """Hold the exact step against plain autograd, in float64, for a recipe's own towers and data."""
+    arguments, json_path = _take_option(arguments, "--json")
+    config, _ = _recipe_config("verify", arguments)
+    from triscale.runs import verify_run
+
+    errors = verify_run(config)
+    largest = max(errors.values())
+    _write_json(json_path, {"max_relative_error": largest, "by_parameter": errors})
+    for name in sorted(errors, key=errors.__getitem__, reverse=True)[:SHOWN_PARAMETERS]:
+        print(f"{errors[name]:.2e}  {name}")
+    print(f"largest relative error of {len(errors)} gradients, logit scale included: {largest:.2e}")
+    if not largest <= VERIFY_LIMIT:
+        raise RunError(f"the step's gradient is not that of the whole batch: {largest:.2e} is above {VERIFY_LIMIT:.0e}")
+    return 0
+
+
+def _take_option(arguments: Sequence[str], option: str) -> tuple[list[str], str]:
+    """`arguments` without `option VALUE` (or option=VALUE), and the value; "" where it is not there."""
+    rest, value = [], ""
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == option or argument.startswith(f"{option}="):
+            value = argument.partition("=")[2] or next(remaining, "")
+            if not value:
+                raise UsageError(f"{option} needs a file name")
+        else:
+            rest.append(argument)
+    return rest, value
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Score a run on evaluation sets."""
+    from triscale.options import EvalOptions
+
+    options = _parse(EvalOptions, arguments, "triscale eval", evaluate.__doc__ or "")
+    from rich.console import Console
+
+    from triscale.evaluation.datasets import open_sets
+    from triscale.evaluation.suite import evaluate as evaluate_sets
+    from triscale.evaluation.suite import results_table
+    from triscale.inference import load
+    from triscale.run_folder import evaluation_of
+
+    model = load(options.run, options.device, report=_report)
+    data, root, shifts = (options.data, "", options.shifts) if options.data else evaluation_of(Path(options.run))
+    results = evaluate_sets(model.encoder, open_sets(data, root), shifts)
+    _write_json(options.json, results)
+    Console(highlight=False).print(results_table(results))
+    return 0
+
+
+def classify(arguments: Sequence[str]) -> int:
+    """Tell which of your labels fits each of your images."""
+    from triscale.options import ClassifyOptions
+
+    options = _parse(ClassifyOptions, arguments, "triscale classify", classify.__doc__ or "")
+    labels = [label.strip() for label in options.labels.split(",")]
+    if not all(labels) or len(set(labels)) < len(labels) or not _is_text(options.labels):
+        raise UsageError(f'--labels {options.labels!r} must be distinct names separated by commas, such as "cat,dog"')
+    if not options.images:
+        raise UsageError("which images? triscale classify RUN --labels a,b IMAGE...")
+    from triscale.inference import load
+
+    model = load(options.run, options.device, report=_report)
+    probabilities = model.classify(list(options.images), labels, options.templates).tolist()
+    _write_json(
+        options.json,
+        {path: dict(zip(labels, row, strict=True)) for path, row in zip(options.images, probabilities, strict=True)},
+    )
+    _print_guesses(options.images, labels, probabilities)
+    return 0
+
+
+def _is_text(argument: str) -> bool:
+    """Whether an argument was decoded whole; bytes that are no UTF-8 come as lone surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in argument)
+
+
+def _print_guesses(images: Iterable[str], labels: Sequence[str], probabilities: Iterable[Sequence[float]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from triscale.evaluation.suite import printable
+
+    table = Table("image", "label", "probability")
+    for path, row in zip(images, probabilities, strict=True):
+        best = sorted(range(len(labels)), key=row.__getitem__, reverse=True)[:SHOWN_LABELS]
+        for place, index in enumerate(best):
+            name = printable(path, 80) if place == 0 else ""
+            table.add_row(name, printable(labels[index], 60), f"{row[index]:.1%}")
+    Console(highlight=False).print(table)
+
+
+def data(arguments: Sequence[str]) -> int:
+    """Write data sets and tokenizers."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        rows = "\n".join(f"  {name:<10} {text}" for name, (_, text) in DATA_COMMANDS.items())
+        print(f"usage: triscale data COMMAND ...\n\n{rows}")
+        return 0 if arguments else 2
+    command, _ = _choose(DATA_COMMANDS, arguments[0], "command of triscale data")
+    return command(arguments[1:])
+
+
+def data_pack(arguments: Sequence[str]) -> int:
+    """Write the embedded data set as tar shards and evaluation sets in CLIP_benchmark's layout."""
+    from triscale.options import PackOptions
+
+    options = _parse(PackOptions, arguments, "triscale data pack", data_pack.__doc__ or "")
+    from triscale.data.pack import pack_scenes
+
+    _choose({"scenes": None}, options.source, "source")
+    pack_scenes(
+        options.folder,
+        size=options.size,
+        seed=options.seed,
+        train_samples=options.train_samples,
+        eval_samples=options.eval_samples,
+    )
+    print(f"{options.folder}: train/*.tar and evaluation sets wds_*")
+    return 0
+
+
+def data_tokenizer(arguments: Sequence[str]) -> int:
+    """Train a sentencepiece tokenizer from the captions of a source."""
+    from triscale.options import TokenizerOptions
+
+    options = _parse(TokenizerOptions, arguments, "triscale data tokenizer", data_tokenizer.__doc__ or "")
+    from triscale.assembly import captions_of
+    from triscale.data.loader import open_source
+    from triscale.data.text import Tokenizer, train_tokenizer
+
+    model = train_tokenizer(captions_of(open_source(options.source, ""), options.fields), options.vocabulary)
+    try:
+        Path(options.output).write_bytes(model)
+    except OSError as error:
+        raise UsageError(f"{options.output!r} cannot be written: {error.strerror}") from error
+    print(f"{options.output}: {Tokenizer(model, length=2).vocabulary_size} tokens")
+    return 0
+
+
+Command = Callable[[Sequence[str]], int]
+DATA_COMMANDS: dict[str, tuple[Command, str]] = {
+    "pack": (data_pack, "write the embedded data set as tar shards and evaluation sets"),
+    "tokenizer": (data_tokenizer, "train a sentencepiece tokenizer from captions"),
+}
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "train": (train, "train a recipe, or go on with its run"),
+    "eval": (evaluate, "score a run on evaluation sets"),
+    "classify": (classify, "tell which of your labels fits each of your images"),
+    "verify": (verify, "hold the exact step against plain autograd for a recipe's own towers"),
+    "data": (data, "write data sets and tokenizers: pack, tokenizer"),
+}

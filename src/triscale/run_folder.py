@@ -1,0 +1,157 @@
+"""The run folder: its files, how it begins, and what it records of a run besides checkpoints and logs."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from triscale import __version__, distributed
+from triscale.config import RunConfig, read_config, refuse_changes, to_dict
+from triscale.errors import RunError, UsageError
+from triscale.evaluation.suite import Results
+from triscale.models.image import MEAN, STD
+from triscale.training.memory import LanePlan
+from triscale.training.step import ContrastiveStep
+
+
+class Files:
+    """Where a run folder holds what; checkpoints and metrics belong to training.checkpoint and training.log."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "config.json"
+        self.resolved = folder / "resolved.json"
+        self.tokenizer = folder / "tokenizer.model"
+        self.preprocess = folder / "preprocess.json"
+        self.quarantine = folder / "quarantine.jsonl"
+        self.results = folder / "results.json"
+        self.picture = folder / "guesses.png"
+
+
+def run_folder(config: RunConfig, recipe: str) -> Path:
+    """--run.dir, else runs/NAME, NAME being --run.name or the recipe's."""
+    return Path(config.run.dir) if config.run.dir else Path("runs") / (config.run.name or recipe)
+
+
+def open_run_folder(files: Files, config: RunConfig, recipe: str) -> None:
+    """Begin a run folder, or check that the one there was begun with the same settings.
+
+    Raises:
+        UsageError: it was begun with other settings, holds something else, or cannot be made.
+    """
+    if files.config.exists():
+        refuse_changes(read_config(files.config), config)
+        return
+    try:
+        if files.folder.exists() and any(files.folder.iterdir()):
+            raise UsageError(f"{str(files.folder)!r} is not empty and no run folder: use another --run.dir")
+        distributed.barrier()  # every rank has looked before rank 0 writes
+        files.folder.mkdir(parents=True, exist_ok=True)
+        write_json(files.config, {"recipe": recipe, **to_dict(config)})
+    except OSError as error:
+        raise UsageError(f"run folder {str(files.folder)!r} cannot be made: {error.strerror}") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second run out of the folder while this one writes to it; rank 0 alone. Ends with the process, too.
+
+    Raises:
+        UsageError: another process trains in the folder.
+    """
+    if distributed.rank() != 0:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another process trains in {str(folder)!r}: wait for it, or use another --run.dir"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; rank 0 alone."""
+    if distributed.rank() != 0:
+        return
+    temporary = path.with_name(f".{path.name}.temporary")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"{str(path)!r} could not be written: {error.strerror}") from error
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON whole or not at all; rank 0 alone."""
+    write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def read_plans(files: Files) -> dict[str, LanePlan]:
+    """What "auto" was resolved to when the run began; empty for a new run."""
+    if not files.resolved.exists():
+        return {}
+    try:
+        plans = json.loads(files.resolved.read_text(encoding="utf-8"))["plans"]
+        return {lane: LanePlan(int(plan["micro_batch"]), int(plan["keep"])) for lane, plan in plans.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{str(files.resolved)!r} is damaged: delete it to have it made again") from error
+
+
+def preprocess(config: RunConfig) -> dict[str, Any]:
+    """How an image becomes what the image tower sees; the tower itself scales and normalises."""
+    return {
+        "image_size": config.data.image_size,
+        "fit": config.data.fit,
+        "mean": MEAN,
+        "std": STD,
+    }
+
+
+def resolved(config: RunConfig, vocabulary: int, step: ContrastiveStep) -> dict[str, Any]:
+    """What a run became: everything that loading it or repeating it needs, "auto" replaced by numbers."""
+    return {
+        "model": to_dict(config.model),
+        "data": to_dict(config.data),
+        "vocabulary": vocabulary,
+        "tokens": config.data.tokens,
+        "plans": {lane: plan._asdict() for lane, plan in step.plans.items()},
+        "parameters": {lane: sum(p.numel() for p in tower.parameters()) for lane, tower in step.towers.items()},
+        "processes": distributed.world_size(),
+        "threads": torch.get_num_threads(),
+        "versions": {"triscale": __version__, **{name: version(name) for name in ("torch", "timm", "numpy")}},
+    }
+
+
+def evaluation_of(folder: Path) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
+    """The evaluation sets, the root that they are below and the shifted sets that a run was configured with.
+
+    Raises:
+        UsageError: the folder has no config.json, or its recipe named no sets.
+    """
+    data = read_config(Files(folder).config).data
+    if not data.eval:
+        raise UsageError(f"the run {str(folder)!r} has no evaluation sets of its own: name some with --data")
+    return data.eval, data.root, data.shifts
+
+
+def saved_results(files: Files, names: Sequence[str]) -> Results | None:
+    """What results.json holds, None if that is not the results of the sets `names`."""
+    try:
+        results = json.loads(files.results.read_text(encoding="utf-8"))
+        return results if list(results["sets"]) == list(names) else None
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it is made again
+        return None

@@ -1,0 +1,122 @@
+"""The command line as users meet it: mistakes get one line and status 2, help answers at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from triscale.cli import main
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command, in this process."""
+    try:
+        status = main(list(arguments))
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help_answers_in_under_half_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "triscale", "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.5
+    for command in ("train", "eval", "classify", "verify", "data"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tran", "scenes"], ["tran", "did you mean 'train'"]),
+        (["train"], ["which recipe", "scenes"]),
+        (["train", "scene"], ["scene", "did you mean 'scenes'"]),
+        (["train", "scenes", "--optim.learningrate", "1"], ["learningrate", "learning-rate"]),
+        (["train", "scenes", "--train.steps", "many"], ["many"]),
+        (["train", "scenes", "--train.steps", "0"], ["--train.steps"]),
+        (["train", "scenes", "--batch.micro", "none"], ["--batch.micro"]),
+        (["train", "scenes", "--model.image", "resnet19"], ["resnet19", "resnet18"]),
+        (["train", "emoji"], ["--data.root"]),
+        (["train", "emoji", "--data.root", "/nowhere"], ["/nowhere"]),
+        (["train", "--config", "/nowhere.json"], ["/nowhere.json"]),
+        (["verify", "nothing"], ["nothing"]),
+        (["eval", "/nowhere"], ["/nowhere"]),
+        (["classify", "/nowhere", "--labels", "a,b", "x.png"], ["/nowhere"]),
+        (["classify", "/nowhere", "--labels", "a,,b", "x.png"], ["--labels"]),
+        (["classify", "/nowhere", "--labels", "a,a", "x.png"], ["--labels"]),
+        (["data", "pact"], ["pact", "pack"]),
+        (["data", "pack", "emoji", "/nowhere/x"], ["emoji", "scenes"]),
+        (["data", "tokenizer", "/nowhere/*.tar", "out.model"], ["/nowhere"]),
+    ],
+)
+def test_a_mistake_gets_one_short_message_and_status_two(
+    arguments: list[str],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call(capsys, *arguments)
+    assert status == 2
+    for word in words:
+        assert word in err
+    assert "Traceback" not in err and len(err.strip().splitlines()) <= 12
+    assert not any(tmp_path.rglob("*.safetensors"))
+
+
+def test_every_field_of_a_recipe_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call(capsys, "train", "scenes", "--help")
+    assert status == 0
+    for field in ("--run.dir", "--seed", "--data.workers", "--batch.keep", "--memory.budget-gib", "--train.steps"):
+        assert field in out
+    status, out, _ = call(capsys, "train", "--help")
+    assert status == 0 and all(recipe in out for recipe in ("scenes", "emoji", "clipart"))
+
+
+def test_packed_scenes_are_shards_that_train_and_sets_that_evaluate(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """pack -> tokenizer -> train on the shards -> eval --data -> classify an image, with files of a user's own."""
+    packed, folder = tmp_path / "packed", tmp_path / "run"
+    sizes = ["--train-samples", "300", "--eval-samples", "60", "--size", "24"]
+    assert call(capsys, "data", "pack", "scenes", str(packed), *sizes)[0] == 0
+    status, out, _ = call(capsys, "data", "tokenizer", f"{packed}/train/*.tar", str(tmp_path / "own.model"))
+    assert status == 0 and "tokens" in out
+    config = ["--data.root", str(packed), "--data.train", "train/*.tar", "--data.eval", "wds_val", "wds_sketch"]
+    config += ["--data.shifts", "sketch", "--data.tokenizer", str(tmp_path / "own.model"), "--data.workers", "0"]
+    config += ["--batch.size", "64", "--batch.micro", "16", "--train.steps", "2", "--data.image-size", "24"]
+    status, _, err = call(capsys, "train", "scenes", *config, "--run.dir", str(folder), "--train.device", "cpu")
+    assert status == 0, err
+    results = json.loads((folder / "results.json").read_text())
+    assert results["sets"]["val"]["samples"] == 60 and results["shift_mean"] is not None
+
+    report = tmp_path / "eval.json"
+    status, out, err = call(capsys, "eval", str(folder), "--json", str(report))
+    assert status == 0, err
+    assert json.loads(report.read_text()) == results, "a loaded run must score as it did when it was trained"
+    status, out, _ = call(capsys, "eval", str(folder), "--data", str(packed / "wds_v2"))
+    assert status == 0 and "v2" in out
+
+    picture = tmp_path / "a [red] $picture$.png"
+    Image.fromarray(np.zeros((30, 20, 3), np.uint8)).save(picture)
+    guesses = tmp_path / "guesses.json"
+    arguments = ["--labels", "red circle,[/red]", str(picture), "--json", str(guesses)]
+    status, out, err = call(capsys, "classify", str(folder), *arguments)
+    assert status == 0, err
+    assert "[/red]" in out and "[red]" in out
+    assert sum(json.loads(guesses.read_text())[str(picture)].values()) == pytest.approx(1.0, abs=1e-5)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
+    status, _, err = call(capsys, "classify", str(folder), "--labels", "a,b", str(tmp_path / "broken.png"))
+    assert status == 2 and "broken.png" in err and "Traceback" not in err

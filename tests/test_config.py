@@ -1,0 +1,108 @@
+"""Settings as JSON and back, what a resumed run may change, and values that cannot work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from triscale.config import RunConfig, flatten, from_dict, read_config, refuse_changes, to_dict, validate
+from triscale.data.settings import AugmentSettings, DataSettings
+from triscale.errors import UsageError
+from triscale.recipes import RECIPES
+from triscale.training.settings import BatchSettings, LossSettings, OptimSettings, TrainSettings, parse_per_lane
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_survives_json_and_is_valid(recipe: str) -> None:
+    config = RECIPES[recipe]()
+    assert from_dict(RunConfig, to_dict(config)) == config
+    validate(config)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_says_command_hardware_time_and_result(recipe: str) -> None:
+    text = RECIPES[recipe].__doc__ or ""
+    assert f"triscale train {recipe}" in text
+    for word in ("CPU", "minutes", "%"):
+        assert word in text, f"the docstring of {recipe} does not mention {word}"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": {"rot": "x"}}, "data.rot"),
+        ({"sead": 1}, "sead"),
+        ({"seed": "one"}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"data": {"fit": "stretch"}}, "data.fit"),
+        ({"data": {"augment": {"zoom": [1.0]}}}, "data.augment.zoom"),
+        ({"data": 3}, "data"),
+    ],
+)
+def test_a_wrong_field_is_named(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        from_dict(RunConfig, values)
+
+
+def test_a_resumed_run_may_change_what_no_weight_depends_on() -> None:
+    before = RunConfig()
+    now = replace(
+        before,
+        data=replace(before.data, workers=5, root="/elsewhere", max_bad=0.5),
+        train=replace(before.train, keep_checkpoints=9, eval_every_steps=7, checkpoint_every_minutes=1.0),
+    )
+    refuse_changes(before, now)
+
+
+@pytest.mark.parametrize(
+    ("section", "changed", "name"),
+    [
+        ("optim", OptimSettings(learning_rate=0.5), "optim.learning_rate"),
+        ("batch", BatchSettings(size=7), "batch.size"),
+        ("data", DataSettings(augment=AugmentSettings(rotation=3.0)), "data.augment.rotation"),
+        ("train", TrainSettings(steps=5), "train.steps"),
+    ],
+)
+def test_a_field_that_changes_the_numbers_is_refused_by_name(section: str, changed: object, name: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        refuse_changes(RunConfig(), replace(RunConfig(), **{section: changed}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RunConfig(batch=BatchSettings(size=0)),
+        RunConfig(batch=BatchSettings(micro="0")),
+        RunConfig(batch=BatchSettings(keep="-1")),
+        RunConfig(batch=BatchSettings(micro="image=4")),
+        RunConfig(train=TrainSettings(steps=0)),
+        RunConfig(loss=LossSettings(logit_scale=0.0)),
+        RunConfig(data=DataSettings(max_bad=1.5)),
+        RunConfig(data=DataSettings(caption_templates=("no slot",))),
+    ],
+)
+def test_values_that_cannot_work_are_refused_before_anything_starts(config: RunConfig) -> None:
+    with pytest.raises(UsageError):
+        validate(config)
+
+
+def test_a_value_per_lane() -> None:
+    lanes = ("image", "text")
+    assert parse_per_lane("m", "64", lanes, 1) == {"image": 64, "text": 64}
+    assert parse_per_lane("m", "auto", lanes, 1) == {"image": "auto", "text": "auto"}
+    assert parse_per_lane("m", "image=8, text=auto", lanes, 1) == {"image": 8, "text": "auto"}
+
+
+def test_names_are_flat_in_messages() -> None:
+    assert flatten({"a": {"b": {"c": 1}}, "d": 2}) == {"a.b.c": 1, "d": 2}
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"nonsense": 1}'])
+def test_a_config_file_that_cannot_be_read_is_named(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UsageError):
+        read_config(path)
