@@ -20,7 +20,7 @@ data: __init__ settings samples order tar shards decode augment captions text
 data: drawing scene_words scenes quarantine workers loader pack
 models: __init__ settings image text projection dual_encoder presets prompts
 losses: dense tiled info_nce __init__
-training: __init__ settings memory step verify parallel optim checkpoint log loop
+training: __init__ settings memory lane step verify parallel optim checkpoint log loop
 evaluation: __init__ settings datasets encoder zeroshot retrieval suite report
 config run_folder inference
 recipes: scenes emoji clipart __init__

@@ -26,9 +26,10 @@ from triscale.losses import InfoNCE
 from triscale.models.dual_encoder import DualEncoder, build_dual_encoder
 from triscale.randomness import derive_seed
 from triscale.training import optim
+from triscale.training.lane import seeded
 from triscale.training.memory import GIB, LanePlan
 from triscale.training.settings import parse_per_lane
-from triscale.training.step import ContrastiveStep, seeded
+from triscale.training.step import ContrastiveStep
 
 TOKENIZER_SAMPLES = 20_000
 """Most samples whose captions train a tokenizer; evenly spread over the source."""

@@ -50,11 +50,12 @@ class InfoNCE(nn.Module):
             raise ValueError(f"InfoNCE needs two tensors of one shape (B >= 1, d), got {(*x.shape,)} and {(*y.shape,)}")
         if ids is not None and ids.shape != x.shape[:1]:
             raise ValueError(f"InfoNCE needs one id per row: {len(x)} rows, ids of shape {(*ids.shape,)}")
-        x, y = (F.normalize(e.to(torch.promote_types(e.dtype, torch.float32)), dim=1) for e in (x, y))
+        x, y = (e.to(torch.promote_types(e.dtype, torch.float32)) for e in (x, y))
         logit_scale = self.logit_scale.to(x.dtype)
         if self.takes_local_rows:
             loss, accuracy = tiled.info_nce(x, y, logit_scale, ids)
         else:
+            x, y = F.normalize(x), F.normalize(y)
             loss = dense.info_nce(x, y, logit_scale, ids)
             with torch.no_grad():
                 weights = dense.positives(ids, x)

@@ -2,7 +2,7 @@
 
 How InfoNCE goes, on a rank with b of the B rows of x and of y:
 
-1. y and the ids are gathered once: (B, d).
+1. x and y are normalised; y and the ids are gathered once: (B, d).
 2. Sweep one computes each tile of scores and folds it into the log-sum-exp of its rows (all columns are here) and of
    its columns (all-reduced over ranks afterwards). Log-sum-exps are combined online, so any scale stays finite.
 3. Sweep two computes each tile again, turns it into G = softmax over rows + softmax over columns, and adds G y to dx
@@ -28,6 +28,8 @@ from triscale import distributed
 TILE_ROWS = 512
 TILE_COLUMNS = 1024
 ACCURACY_ROWS = 256
+SMALLEST_NORM = 1e-12
+"""Shorter rows are divided by this, as torch's normalize does."""
 
 
 class InfoNCEParts(NamedTuple):
@@ -65,32 +67,35 @@ def group_rows(ids: Int[Tensor, " b"]) -> Groups:
     return Groups(index, torch.bincount(index, minlength=count)[index], count)
 
 
-def _log_sum_exps(scaled_x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _log_sum_exps(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Sweep one: log-sum-exp of the scores of every row (b,) and, over this rank's rows, of every column (B,)."""
-    row_lse = scaled_x.new_full((len(scaled_x),), -torch.inf)
-    column_lse = scaled_x.new_full((len(y),), -torch.inf)
-    for r in range(0, len(scaled_x), TILE_ROWS):
+    row_lse, column_lse = (e.new_full((len(e),), -torch.inf) for e in (x, y))
+    for r in range(0, len(x), TILE_ROWS):
         rows = slice(r, r + TILE_ROWS)
+        scaled_x = scale * x[rows]
         for c in range(0, len(y), TILE_COLUMNS):
             columns = slice(c, c + TILE_COLUMNS)
-            scores = scaled_x[rows] @ y[columns].T  # (r, c)
+            scores = scaled_x @ y[columns].T  # (r, c)
             row_lse[rows] = torch.logaddexp(row_lse[rows], scores.logsumexp(1))
             column_lse[columns] = torch.logaddexp(column_lse[columns], scores.logsumexp(0))
     return row_lse, column_lse
 
 
-def _softmax_gradients(scaled_x: Tensor, y: Tensor, row_lse: Tensor, column_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Sweep two: G y (b, d) and G^T scaled_x (B, d), G the sum of the row and the column softmax of the scores."""
-    grad_x, grad_y = torch.zeros_like(scaled_x), torch.zeros_like(y)
-    for r in range(0, len(scaled_x), TILE_ROWS):
+def _softmax_gradients(
+    x: Tensor, y: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sweep two: G y (b, d) and G^T x (B, d), G the sum of the row and the column softmax of the scores."""
+    grad_x, grad_y = torch.zeros_like(x), torch.zeros_like(y)
+    for r in range(0, len(x), TILE_ROWS):
         rows = slice(r, r + TILE_ROWS)
+        scaled_x = scale * x[rows]
         for c in range(0, len(y), TILE_COLUMNS):
             columns = slice(c, c + TILE_COLUMNS)
-            scores = scaled_x[rows] @ y[columns].T  # (r, c)
+            scores = scaled_x @ y[columns].T  # (r, c)
             probabilities = (scores - row_lse[rows, None]).exp_()
             probabilities += scores.sub_(column_lse[None, columns]).exp_()
             grad_x[rows].addmm_(probabilities, y[columns])
-            grad_y[columns].addmm_(probabilities.T, scaled_x[rows])
+            grad_y[columns].addmm_(probabilities.T, x[rows])
     return grad_x, grad_y
 
 
@@ -110,6 +115,16 @@ def _accuracy(x: Tensor, y: Tensor, group: Tensor, first_row: int) -> Tensor:
     return torch.stack([hits.sum(), torch.full_like(best[0], sample)]).to(x.dtype)
 
 
+def _norms(rows: Tensor) -> Tensor:
+    return rows.norm(dim=1, keepdim=True).clamp_min_(SMALLEST_NORM)
+
+
+def _through_normalisation_(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
+    """The gradient with respect to rows whose unit vectors are `unit`, given that of these; in place."""
+    along = (gradient * unit).sum(1, keepdim=True)
+    return gradient.addcmul_(unit, along, value=-1).div_(norms)
+
+
 @torch.no_grad()
 def info_nce_parts(
     x: Float[Tensor, "b d"],
@@ -118,7 +133,7 @@ def info_nce_parts(
     ids: Int[Tensor, " b"] | None,
     gradients: bool,
 ) -> InfoNCEParts:
-    """Loss and gradients of `dense.info_nce` over the rows of all ranks. x, y, ids: this rank's rows, unit length.
+    """Loss and gradients of InfoNCE over the rows of all ranks. x, y, ids: this rank's rows, of any length.
 
     The loss is the global one on every rank. The gradients of x and y are those of this rank's rows; that of
     logit_scale is this rank's share, and the shares of all ranks sum to the whole.
@@ -126,9 +141,10 @@ def info_nce_parts(
     counts = distributed.row_counts(len(x), x.device)
     total, first_row = sum(counts), sum(counts[: distributed.rank()])
     mine = slice(first_row, first_row + len(x))
+    x_norms, y_norms = _norms(x), _norms(y)
+    x, y = x / x_norms, y / y_norms
     y_all = distributed.all_gather_rows(y, counts)
     scale = logit_scale.exp()
-    scaled_x = scale * x
 
     if ids is None:
         groups = None
@@ -139,24 +155,27 @@ def info_nce_parts(
         group = groups.index
         positive_y = groups.sums(y_all, group)[group[mine]] / groups.size[mine, None]  # mean of y over P(i)
 
-    row_lse, column_lse = _log_sum_exps(scaled_x, y_all)
+    row_lse, column_lse = _log_sum_exps(x, y_all, scale)
     column_lse = _all_reduce_log_sum_exp(column_lse)
-    share = row_lse.sum() / 2 - (scaled_x * positive_y).sum()
+    share = row_lse.sum() / 2 - scale * torch.linalg.vecdot(x, positive_y).sum()
     sums = distributed.all_reduce_sum(torch.cat([share[None], _accuracy(x, y_all, group, first_row)]))
     loss = (sums[0] + column_lse.sum() / 2) / total
     accuracy = sums[1] / sums[2]
     if not gradients:
         return InfoNCEParts(loss, None, None, None, accuracy)
 
-    grad_x, grad_y = _softmax_gradients(scaled_x, y_all, row_lse, column_lse)
+    grad_x, grad_y = _softmax_gradients(x, y_all, scale, row_lse, column_lse)
     grad_x.div_(2).sub_(positive_y).mul_(scale / total)
     if groups is None:
-        grad_y.div_(2)[mine].sub_(scaled_x)
+        grad_y.div_(2)[mine].sub_(x)
     else:
-        grad_y.div_(2).sub_(groups.sums(scaled_x, group[mine])[group] / groups.size[:, None])
-    grad_y = distributed.reduce_scatter_rows(grad_y.div_(total), counts)
+        grad_y.div_(2).sub_(groups.sums(x, group[mine])[group] / groups.size[:, None])
+    grad_y = distributed.reduce_scatter_rows(grad_y.mul_(scale / total), counts)
     # The loss sees logit_scale through the scores alone: dL/dlogit_scale = sum_ij dL/ds_ij s_ij = sum_i x_i . dL/dx_i.
-    return InfoNCEParts(loss, grad_x, grad_y, (x * grad_x).sum(), accuracy)
+    grad_logit_scale = torch.linalg.vecdot(x, grad_x).sum()
+    _through_normalisation_(grad_x, x, x_norms)
+    _through_normalisation_(grad_y, y, y_norms)
+    return InfoNCEParts(loss, grad_x, grad_y, grad_logit_scale, accuracy)
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -173,6 +192,8 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor, _: Tensor):  # type: ignore[override]
         grad_x, grad_y, grad_logit_scale = ctx.saved_tensors
+        if float(grad_loss) == 1:  # the common case, without a second (B, d) for each
+            return grad_x, grad_y, grad_logit_scale, None, None
         return grad_loss * grad_x, grad_loss * grad_y, grad_loss * grad_logit_scale, None, None
 
 
@@ -182,7 +203,7 @@ def info_nce(
     logit_scale: Float[Tensor, ""],
     ids: Int[Tensor, " b"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """`dense.info_nce` over the rows of all ranks in O(B*d) memory, and the in-batch accuracy.
+    """InfoNCE of x and y, which are normalised here, over the rows of all ranks in O(B*d) memory; and the accuracy.
 
     The accuracy is the share of rows (the first 256 of each rank) of x whose best match among all y is a positive.
     """

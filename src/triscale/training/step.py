@@ -6,10 +6,11 @@
    their gradients flow from the embeddings into the parameters. Buffers are put back, so each counts a sample once.
 4. Sum the gradients over ranks in one all-reduce.
 
-Activations in memory: those of keep + 1 micro-batches, whatever B. Cost: one forward pass more for what is not kept,
-at most 4/3 of a plain step. The result is the gradient of the plain step on the whole batch, exactly.
+Activations in memory: those of keep + 1 micro-batches, whatever B; beside them the embeddings, then their gradients.
+Cost: one forward pass more for what is not kept, at most 4/3 of a plain step. The result is the gradient of the plain
+step on the whole batch, exactly.
 
-Source: the two passes are GradCache's (Gao et al., arXiv 2101.06983, algorithm 1), BASIC's section 4.
+Source: the two passes are GradCache's (Gao et al., arXiv 2101.06983) and BASIC's (Pham et al., arXiv 2111.10050).
 
 Shape suffixes: B pairs over all ranks, b of this rank, m of a micro-batch, d width.
 """
@@ -17,8 +18,7 @@ Shape suffixes: B pairs over all ranks, b of this rank, m of a micro-batch, d wi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,12 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from triscale import distributed
 from triscale.errors import UsageError
-from triscale.randomness import derive_seed
 from triscale.training import memory
+from triscale.training.lane import Lane, Rows, device_of, put_back
 from triscale.training.memory import LanePlan
 
-Rows = Any
-"""A lane's inputs: anything with len() and [a:b], such as a tensor, an array, a memory map, a view that decodes."""
 Size = int | Literal["auto"]
 PerLane = Size | Mapping[str, Size]
 
@@ -49,81 +47,6 @@ class StepOutput:
     """The loss's own (in-batch accuracy, logit scale), and `replay_error`: the largest difference between an
     embedding of the first pass and the same one of the second. Zero unless the tower is not a function of its inputs,
     parameters and torch's random numbers."""
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run with torch's default generators seeded, and put them back afterwards."""
-    on_host = device.type in ("cpu", "meta")
-    with torch.random.fork_rng([] if on_host else [device], device_type="cuda" if on_host else device.type):
-        torch.manual_seed(seed)
-        yield
-
-
-def split_evenly(rows: int, parts: int) -> list[slice]:
-    """`parts` consecutive slices of `rows` rows whose sizes differ by one at most; empty ones are left out."""
-    bounds = [rows * i // parts for i in range(parts + 1)]
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
-
-
-class _Lane:
-    """One tower with its inputs, its partition and its embeddings, for the length of one step."""
-
-    def __init__(self, name: str, tower: nn.Module, inputs: Rows, first_row: int, step: ContrastiveStep) -> None:
-        parameter = next(tower.parameters(), None)
-        self.name, self.tower, self.inputs, self.first_row, self.step = name, tower, inputs, first_row, step
-        self.device = torch.device("cpu") if parameter is None else parameter.device
-        self.trainable = any(p.requires_grad for p in tower.parameters())
-        self.parts: list[slice] = []
-        self.kept: dict[int, Tensor] = {}
-        self.embeddings = torch.empty(0)
-        self.replay_error = 0.0
-
-    def embed(self, rows: slice) -> Tensor:
-        """Tower outputs (m, d) of `rows`, in float32 or better, under the random numbers that are theirs."""
-        inputs = self.inputs[rows]
-        inputs = inputs if isinstance(inputs, Tensor) else torch.as_tensor(inputs)
-        seed = derive_seed("tower", self.step.seed, self.step.steps, self.name, self.first_row + rows.start)
-        dtype = self.step.autocast_dtype
-        with seeded(seed, self.device), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            output = self.tower(inputs.to(self.device, non_blocking=True))
-        return output.to(torch.promote_types(output.dtype, torch.float32))
-
-    def first_pass(self, plan: LanePlan, largest_rows: int) -> None:
-        """Embed all rows, the last `plan.keep` micro-batches with a graph."""
-        self.parts = split_evenly(len(self.inputs), math.ceil(largest_rows / plan.micro_batch))
-        first_kept = len(self.parts) - plan.keep if self.trainable else len(self.parts)
-        outputs = []
-        for index, rows in enumerate(self.parts):
-            with torch.set_grad_enabled(index >= first_kept):
-                output = self.embed(rows)
-            if index >= first_kept:
-                self.kept[index] = output
-            outputs.append(output.detach())
-        self.embeddings = torch.cat(outputs)
-
-    def second_pass(self, gradient: Tensor) -> None:
-        """Send the gradient (b, d) of the embeddings into the parameters, last micro-batch first."""
-        if not self.trainable:
-            return
-        replayed = len(self.kept) < len(self.parts)
-        buffers = [(b, b.clone()) for b in self.tower.buffers()] if replayed else []
-        for index in reversed(range(len(self.parts))):
-            rows = self.parts[index]
-            output = self.kept.pop(index, None)
-            if output is None:
-                with torch.enable_grad():
-                    output = self.embed(rows)
-                difference = (output.detach() - self.embeddings[rows]).abs().max()
-                self.replay_error = max(self.replay_error, float(difference))
-            torch.autograd.backward(output, gradient[rows])
-        _put_back(buffers)
-
-
-def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
 
 
 class ContrastiveStep:
@@ -186,19 +109,19 @@ class ContrastiveStep:
         self._refuse_batch_norm(max(counts))
         first_row = sum(counts[: distributed.rank()])
         buffers = [(b, b.clone()) for tower in self.towers.values() for b in tower.buffers()]
-        lanes = [_Lane(name, tower, inputs[name], first_row, self) for name, tower in self.towers.items()]
+        lanes = [self._lane(name, inputs, first_row) for name in self.towers]
         for lane in lanes:
             lane.first_pass(self.plans[lane.name], max(counts))
 
-        loss, gradients = self._loss_and_gradients([lane.embeddings for lane in lanes], ids, counts)
+        loss, gradients = self._loss_and_gradients([lane.take_embeddings() for lane in lanes], ids, counts)
         metrics = {name: float(value) for name, value in getattr(self.loss, "metrics", {}).items()}
         if math.isfinite(loss):
-            for lane, gradient in zip(reversed(lanes), reversed(gradients), strict=True):
-                lane.second_pass(gradient)
+            for lane in reversed(lanes):
+                lane.second_pass(gradients.pop())
             self._reduce()
             metrics["replay_error"] = max(lane.replay_error for lane in lanes)
         else:
-            _put_back(buffers)
+            put_back(buffers)
             for parameter in self._parameters():
                 parameter.grad = None
         self.steps += 1
@@ -223,14 +146,14 @@ class ContrastiveStep:
         """
         counts = self._check(inputs)
         if rows is not None:
-            counts = distributed.row_counts(rows, _device(next(iter(self.towers.values()))))
+            counts = distributed.row_counts(rows, device_of(next(iter(self.towers.values()))))
         rows = max(counts)
         budget = self.budget_bytes
         plans = {}
         for name, tower in self.towers.items():
             micro_batch, keep = self._micro_batch[name], self._keep[name]
             if micro_batch == "auto" or keep == "auto":
-                lane = _Lane(name, tower, inputs[name], 0, self)
+                lane = self._lane(name, inputs, first_row=0)
                 budget = memory.default_budget_bytes(lane.device) if budget is None else budget
                 bytes_per_row = self._activation_bytes_per_row(lane)
                 if micro_batch == "auto":
@@ -238,11 +161,21 @@ class ContrastiveStep:
                 if keep == "auto":
                     keep = memory.auto_keep(bytes_per_row * micro_batch, math.ceil(rows / micro_batch), budget)
                     budget -= int(keep * micro_batch * bytes_per_row)
-            agreed = distributed.all_reduce_min(torch.tensor([micro_batch, keep], device=_device(tower)))
+            agreed = distributed.all_reduce_min(torch.tensor([micro_batch, keep], device=device_of(tower)))
             plans[name] = LanePlan(*(int(n) for n in agreed))
         return plans
 
-    def _activation_bytes_per_row(self, lane: _Lane) -> float:
+    def _lane(self, name: str, inputs: Mapping[str, Rows], first_row: int) -> Lane:
+        return Lane(
+            name,
+            self.towers[name],
+            inputs[name],
+            first_row=first_row,
+            seed=(self.seed, self.steps),
+            autocast_dtype=self.autocast_dtype,
+        )
+
+    def _activation_bytes_per_row(self, lane: Lane) -> float:
         if not lane.trainable:
             return 0.0
         rows = slice(0, min(memory.PROBE_ROWS, len(lane.inputs)))
@@ -250,7 +183,7 @@ class ContrastiveStep:
         probe = torch.as_tensor(lane.inputs[rows]).to(lane.device)
         lane.inputs = probe
         total = memory.activation_bytes(lane.tower, lambda: lane.embed(rows), probe)
-        _put_back(buffers)
+        put_back(buffers)
         return total / len(probe)
 
     def _check(self, inputs: Mapping[str, Rows]) -> list[int]:
@@ -262,7 +195,7 @@ class ContrastiveStep:
         rows = {name: len(value) for name, value in inputs.items()}
         if len(set(rows.values())) != 1:
             raise UsageError(f"every lane needs the same number of rows, got {rows}")
-        device = _device(next(iter(self.towers.values())))
+        device = device_of(next(iter(self.towers.values())))
         counts = distributed.row_counts(next(iter(rows.values())), device)
         if min(counts) == 0:
             raise UsageError(f"every rank needs at least one row, got {counts}: use a larger batch or fewer processes")
@@ -322,11 +255,6 @@ class ContrastiveStep:
         distributed.all_reduce_sum_coalesced(statistics)
         for buffer in statistics:
             buffer /= distributed.world_size()
-
-
-def _device(tower: nn.Module) -> torch.device:
-    parameter = next(tower.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def _per_lane(what: str, value: PerLane, lanes: Mapping[str, Any], smallest: int) -> dict[str, Size]:

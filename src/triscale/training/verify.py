@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from triscale.losses import InfoNCE
 from triscale.randomness import derive_seed
-from triscale.training.step import ContrastiveStep, Rows, seeded, split_evenly
+from triscale.training.lane import Rows, seeded, split_evenly
+from triscale.training.step import ContrastiveStep
 
 SMALLEST_SHARE = 1e-3
 
