@@ -97,10 +97,13 @@ def test_packed_scenes_are_shards_that_train_and_sets_that_evaluate(
     config = ["--data.root", str(packed), "--data.train", "train/*.tar", "--data.eval", "wds_val", "wds_sketch"]
     config += ["--data.shifts", "sketch", "--data.tokenizer", str(tmp_path / "own.model"), "--data.workers", "0"]
     config += ["--batch.size", "64", "--batch.micro", "16", "--train.steps", "2", "--data.image-size", "24"]
+    config += ["--train.eval-every-steps", "1"]
     status, _, err = call(capsys, "train", "scenes", *config, "--run.dir", str(folder), "--train.device", "cpu")
     assert status == 0, err
     results = json.loads((folder / "results.json").read_text())
     assert results["sets"]["val"]["samples"] == 60 and results["shift_mean"] is not None
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [set(line["evaluation"]) for line in lines if "evaluation" in line] == [{"val", "sketch", "shift_mean"}]
 
     report = tmp_path / "eval.json"
     status, out, err = call(capsys, "eval", str(folder), "--json", str(report))

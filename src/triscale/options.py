@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from tyro.conf import Positional
 
+from triscale.data.scenes import SEED
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
@@ -52,7 +54,7 @@ class PackOptions:
     """A new or empty folder."""
     size: int = 32
     """Side of the images in pixels."""
-    seed: int = 0
+    seed: int = SEED
     """Other seeds give other scenes."""
     train_samples: int | None = None
     """Training samples. None: all."""

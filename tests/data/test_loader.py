@@ -54,7 +54,7 @@ class Pictures:
     def __len__(self) -> int:
         return self.size
 
-    def read(self, index: int) -> Sample:
+    def read(self, index: int, *, image: bool = True) -> Sample:
         if index in self.unreadable:
             raise OSError("the disk is gone")
         if index in self.bad and index % 2:
@@ -81,7 +81,7 @@ class Stuck(Pictures):
         self.how = how
         self.parent = os.getpid()
 
-    def read(self, index: int) -> Sample:
+    def read(self, index: int, *, image: bool = True) -> Sample:
         if os.getpid() != self.parent:
             if self.how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -206,7 +206,7 @@ def test_a_read_that_fails_is_tried_again_and_then_named(small_pieces: None):
     class Flaky(Pictures):
         failures = 0
 
-        def read(self, index: int) -> Sample:
+        def read(self, index: int, *, image: bool = True) -> Sample:
             self.failures += 1
             if self.failures % 4:
                 raise OSError("timed out")

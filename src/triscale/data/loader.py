@@ -35,6 +35,8 @@ from triscale.data.workers import run
 from triscale.errors import RunError, UsageError
 from triscale.randomness import generator
 
+CACHE_BYTES = 256 * 2**20
+"""Decoded images are kept in a process's memory where those of all samples fit into so much."""
 MAX_ATTEMPTS = 32
 """Bad samples in a row at one position before the run gives up."""
 RETRY_SECONDS = (0.2, 1.0, 5.0)
@@ -105,6 +107,14 @@ class BatchReader:
         self.augmentation = augmentation
         self.settings = settings
         self.seed = seed
+        self._size = settings.canvas or settings.image_size
+        # All or nothing: of a larger data set, what is kept would seldom be drawn again before it has to go.
+        self._caches = sum(len(source) for source in self.sources) * 3 * self._size**2 <= CACHE_BYTES
+        self._canvases: dict[tuple[int, int], np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """To worker processes go no images; each keeps those that it has decoded itself."""
+        return {**vars(self), "_canvases": {}}
 
     def __call__(self, positions: range) -> Batch:
         """The rows at `positions` (at least one).
@@ -133,15 +143,15 @@ class BatchReader:
                 _, index = self.order.replacement(position, attempt)
             key = f"#{index}"
             try:
-                sample = _read(source, index)
+                sample = _read(source, index, image=(number, index) not in self._canvases)
                 key = sample.key
-                return self._prepare(sample, position, attempt)
+                return self._prepare(sample, (number, index), position, attempt)
             except BadSample as error:
                 bad.append(BadRecord(source=source.name, key=key, reason=error.reason))
         reasons = ", ".join(sorted({record.reason for record in bad[-MAX_ATTEMPTS:]}))
         raise RunError(f"{source.name}: {MAX_ATTEMPTS} bad samples in a row, the last {bad[-1].key}: {reasons}")
 
-    def _prepare(self, sample: Sample, position: int, attempt: int) -> _Row:
+    def _prepare(self, sample: Sample, place: tuple[int, int], position: int, attempt: int) -> _Row:
         settings = self.settings
         words = (self.seed, position, _VIEW, attempt)
         rng = generator("caption", *words)
@@ -149,17 +159,25 @@ class BatchReader:
         caption = choose_caption(sample, fields=fields, part_dropout=part_dropout, rng=rng)
         text = fill_template(caption, settings.caption_templates, rng)
         id = sample_id(sample, settings.ids, caption)
-        size = settings.canvas or settings.image_size
-        image = sample.image
-        if isinstance(image, bytes):
-            # A photograph is decoded at a fraction of its size; twice `size` is left for the antialiased reduction.
-            image = decode_image(image, min_side=2 * size)
         return _Row(
-            canvas=fit_square(image, size, settings.fit),
+            canvas=self._canvas(sample, place),
             numbers=self.augmentation.draw(generator("augment", *words)),
             text=text,
             id=id,
         )
+
+    def _canvas(self, sample: Sample, place: tuple[int, int]) -> np.ndarray:
+        """The square that augmentation starts from, decoded once where all of them can be kept."""
+        canvas = self._canvases.get(place)
+        if canvas is None:
+            image = sample.image
+            if isinstance(image, bytes):
+                # A photograph is decoded at a fraction of its size; twice the side is left for antialiased reduction.
+                image = decode_image(image, min_side=2 * self._size)
+            canvas = fit_square(image, self._size, self.settings.fit)
+            if self._caches:
+                self._canvases[place] = canvas
+        return canvas
 
 
 def batches(
@@ -253,15 +271,15 @@ def _join(made: Generator[_Piece, None, None], pieces: int, offset: int) -> Gene
             )
 
 
-def _read(source: Source, index: int) -> Sample:
-    """Read a sample; where reading fails, pause and try again."""
+def _read(source: Source, index: int, *, image: bool) -> Sample:
+    """Read a sample, with its image or without; where reading fails, pause and try again."""
     for pause in RETRY_SECONDS:
         try:
-            return source.read(index)
+            return source.read(index, image=image)
         except OSError:
             time.sleep(pause)
     try:
-        return source.read(index)
+        return source.read(index, image=image)
     except OSError as error:
         tries = len(RETRY_SECONDS) + 1
         raise RunError(f"{source.name}: sample #{index} could not be read in {tries} tries: {error}") from error

@@ -88,7 +88,7 @@ def pack_scenes(
     folder: str | Path,
     *,
     size: int = 32,
-    seed: int = 0,
+    seed: int = scenes.SEED,
     train_samples: int | None = None,
     eval_samples: int | None = None,
 ) -> None:

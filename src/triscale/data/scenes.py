@@ -200,6 +200,10 @@ def _render(rng: np.random.Generator, look: Look, scene: Scene, size: int) -> UI
     return drawing.finish(canvas, grain=look.grain * rng.random(), offset=(rng.random(), rng.random()))
 
 
+SEED = 1
+"""Of the scenes that are used. Recipes and the kinds of scenes were chosen while looking at those of seed 0."""
+
+
 class Scenes:
     """A source of scenes.
 
@@ -214,7 +218,7 @@ class Scenes:
         UsageError: there is no such split, or a number that is too small.
     """
 
-    def __init__(self, split: str = "train", *, size: int = 32, seed: int = 0, samples: int | None = None) -> None:
+    def __init__(self, split: str = "train", *, size: int = 32, seed: int = SEED, samples: int | None = None) -> None:
         if split not in LOOKS:
             raise UsageError(f"scenes has no split {split!r}; it has {', '.join(SPLITS)}")
         if size < 16:
