@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from rich.console import Console
 from torch import device as Device
+from torch import nn
+from torch.optim import Optimizer
 
 from triscale import distributed
 from triscale.assembly import (
@@ -29,6 +32,7 @@ from triscale.config import LANES, RunConfig, validate
 from triscale.data.loader import BatchReader, batches
 from triscale.data.quarantine import Quarantine
 from triscale.data.samples import Source
+from triscale.data.shards import ShardSource
 from triscale.errors import UsageError
 from triscale.evaluation.datasets import EvaluationSet, open_sets
 from triscale.evaluation.encoder import Encoder
@@ -53,6 +57,7 @@ from triscale.training import checkpoint, memory, optim
 from triscale.training.log import RunLog
 from triscale.training.loop import StopFlag, train
 from triscale.training.settings import parse_per_lane
+from triscale.training.step import ContrastiveStep
 from triscale.training.verify import verify
 
 PICTURE_IMAGES = 4
@@ -63,155 +68,196 @@ VERIFY_DROPOUT = 0.1
 """Least dropout and stochastic depth under which `verify_run` holds the step against direct."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run put together: what its stages work on."""
+
+    config: RunConfig
+    recipe: str
+    files: Files
+    source: Source
+    reader: BatchReader
+    model: DualEncoder
+    loss: InfoNCE
+    sets: Sequence[EvaluationSet]
+    device: Device
+    console: Console
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All that is trained and checkpointed, by name."""
+        return {**self.model.towers(), "loss": self.loss}
+
+    @property
+    def encoder(self) -> Encoder:
+        """The model as evaluation sees it."""
+        return make_encoder(self.config, self.model, self.reader.tokenizer, self.device)
+
+
 def train_run(config: RunConfig, recipe: str) -> int:
     """Train, or go on training, a run to its end and evaluate it. Returns the exit status: 0, 130 or 143."""
     validate(config)
     files = Files(run_folder(config, recipe))
     device = device_of(config.train.device)
     console = Console(stderr=True, highlight=False, quiet=int(os.environ.get("RANK", "0")) > 0)
-    sets = open_sets(config.data.eval, config.data.root)
-    check_shifts(sets, config.data.shifts)
     check_model(config)
     source = open_training_data(config)
+    sets = open_sets(config.data.eval, config.data.root)
+    check_shifts(sets, config.data.shifts)
     with distributed.process_group(device.type):
         open_run_folder(files, config, recipe)
         with locked(files.folder):
-            return _train_in(files, config, recipe, source, sets, device, console)
+            tokenizer = make_tokenizer(config, source, files.tokenizer)
+            reader = make_reader(config, source, tokenizer)
+            model, loss = make_model(config, reader.tokenizer.vocabulary_size)
+            model.to(device)
+            loss.to(device)
+            run = Run(
+                config=config,
+                recipe=recipe,
+                files=files,
+                source=source,
+                reader=reader,
+                model=model,
+                loss=loss,
+                sets=sets,
+                device=device,
+                console=console,
+            )
+            return _go_on(run, tokenizer)
 
 
-def _train_in(
-    files: Files,
-    config: RunConfig,
-    recipe: str,
-    source: Source,
-    sets: Sequence[EvaluationSet],
-    device: Device,
-    console: Console,
-) -> int:
-    """Train in an open run folder from its newest checkpoint, then evaluate; the exit status."""
-    tokenizer = make_tokenizer(config, source, files.tokenizer)
-    reader = make_reader(config, source, tokenizer)
-    model, loss = make_model(config, reader.tokenizer.vocabulary_size)
-    model.to(device)
-    loss.to(device)
-    done = checkpoint.latest(files.folder, report=lambda line: console.print(line, markup=False))
+def _go_on(run: Run, tokenizer: bytes) -> int:
+    """Train from the newest checkpoint, if any, to the end, then evaluate; the exit status."""
+    done = checkpoint.latest(run.files.folder, report=lambda line: run.console.print(line, markup=False))
     if done is not None:
-        checkpoint.load_into({**model.towers(), "loss": loss}, done.model())
-    if done is not None and done.step >= config.train.steps:
-        console.print(f"{files.folder} is finished: {done.step} steps", markup=False)
-        results = saved_results(files, [each.name for each in sets])
+        checkpoint.load_into(run.modules, done.model())
+    if done is not None and done.step >= run.config.train.steps:
+        run.console.print(f"{run.files.folder} is finished: {done.step} steps", markup=False)
+        results = saved_results(run.files, [each.name for each in run.sets])
         if results is not None:
-            show(files, results)
+            show(run.files, results)
             return 0
     else:
-        write_bytes(files.tokenizer, tokenizer)
-        write_json(files.preprocess, preprocess(config))
-        status = _train(config, files, reader, model, loss, done, sets, device, console)
+        write_bytes(run.files.tokenizer, tokenizer)
+        write_json(run.files.preprocess, preprocess(run.config))
+        status = _train(run, done)
         if status:
             return status
-    if sets:
-        finish(config, files, sets, make_encoder(config, model, reader.tokenizer, device), model, loss, recipe)
+    if run.sets:
+        finish(run)
     return 0
 
 
-def _train(
-    config: RunConfig,
-    files: Files,
-    reader: BatchReader,
-    model: DualEncoder,
-    loss: InfoNCE,
-    done: checkpoint.Checkpoint | None,
-    sets: Sequence[EvaluationSet],
-    device: Device,
-    console: Console,
-) -> int:
+def _train(run: Run, done: checkpoint.Checkpoint | None) -> int:
     """From the last checkpoint to the last step; the exit status."""
-    settings, size = config.train, config.batch.size
-    modules = {**model.towers(), "loss": loss}
-    optimizer = make_optimizer(config, modules)
-    quarantine = Quarantine(files.quarantine if distributed.rank() == 0 else None, config.data.max_bad)
-    step = make_step(config, model, loss, read_plans(files))
-    if not step.plans:
-        rows = reader(range(memory.PROBE_ROWS))
-        own = distributed.rows_of(size)
-        # Full rows of tokens: a text tower that skips padding takes its most memory on them.
-        step.plans = step.resolve({"image": rows.images, "text": rows.tokens.clamp(min=1)}, rows=len(own))
-        write_json(files.resolved, resolved(config, reader.tokenizer.vocabulary_size, step))
+    config, settings, size = run.config, run.config.train, run.config.batch.size
+    optimizer = make_optimizer(config, run.modules)
+    quarantine = Quarantine(run.files.quarantine if distributed.rank() == 0 else None, config.data.max_bad)
+    step = _make_step(run)
     start = 0
     if done is not None:
         start = done.step
         optim.load_optimizer(optimizer, done.optimizer())
         step.load_state_dict({"steps": done.step})
         quarantine.load_state_dict(done.state["quarantine"])
-
-    def save(steps: int) -> None:
-        checkpoint.save(
-            files.folder,
-            steps,
-            model=checkpoint.module_tensors(modules),
-            optimizer=optim.optimizer_tensors(optimizer),
-            state={"position": steps * size, "quarantine": quarantine.state_dict()},
-            keep=settings.keep_checkpoints,
-        )
-
-    def scores(steps: int) -> dict[str, float]:
-        with evaluating(model):
-            results = evaluate(make_encoder(config, model, reader.tokenizer, device), sets, config.data.shifts)
-        return headline(results)
-
-    with (
-        StopFlag() as stop,
-        RunLog(
-            files.folder,
-            total_steps=settings.steps,
-            batch_size=size,
-            log_every_steps=settings.log_every_steps,
-            console=console,
-        ) as log,
-        contextlib.closing(
-            batches(
-                reader,
-                start=start * size,
-                batch_size=size,
-                rank=distributed.rank(),
-                world=distributed.world_size(),
-                workers=config.data.workers,
-                last=settings.steps * size,
-            )
-        ) as rows,
-    ):
+    rows = batches(
+        run.reader,
+        start=start * size,
+        batch_size=size,
+        rank=distributed.rank(),
+        world=distributed.world_size(),
+        workers=config.data.workers,
+        last=settings.steps * size,
+    )
+    with StopFlag() as stop, _open_log(run) as log, contextlib.closing(rows):
         log.cut(start)
-        plans = ", ".join(f"{lane}: {p.micro_batch} at once, {p.keep} kept" for lane, p in step.plans.items())
-        log.note(f"{files.folder}: step {start} of {settings.steps}, batch {size}; {plans}")
+        _note_start(run, log, quarantine, step, start)
         outcome = train(
             step=step,
             optimizer=optimizer,
-            schedule=partial(
-                optim.learning_rate,
-                peak=config.optim.learning_rate,
-                warmup_steps=config.optim.warmup_steps,
-                total_steps=settings.steps,
-            ),
+            schedule=_schedule(config),
             batches=rows,
             start_step=start,
             total_steps=settings.steps,
             batch_size=size,
             clip_norm=config.optim.clip_norm,
-            after_step=loss.clamp_,
-            save=save,
+            after_step=run.loss.clamp_,
+            save=partial(_save, run, optimizer, quarantine),
             checkpoint_every_steps=settings.checkpoint_every_steps,
             checkpoint_every_minutes=settings.checkpoint_every_minutes,
-            evaluate=scores if sets else None,
+            evaluate=partial(_scores, run) if run.sets else None,
             eval_every_steps=settings.eval_every_steps,
             log=log,
             quarantine=quarantine,
             stop=stop,
-            device=device,
+            device=run.device,
         )
         quarantine.check(minimum_draws=1)
         if outcome.signal:
             log.note(f"stopped after step {outcome.step}, checkpoint written; the same command goes on from there")
     return 128 + outcome.signal if outcome.signal else 0
+
+
+def _make_step(run: Run) -> ContrastiveStep:
+    """The exact step, "auto" as it was resolved when the run began, or resolved now and written down."""
+    step = make_step(run.config, run.model, run.loss, read_plans(run.files))
+    if not step.plans:
+        probe = run.reader(range(memory.PROBE_ROWS))
+        # Full rows of tokens: a text tower that skips padding takes its most memory on them.
+        inputs = {"image": probe.images, "text": probe.tokens.clamp(min=1)}
+        step.plans = step.resolve(inputs, rows=len(distributed.rows_of(run.config.batch.size)))
+        write_json(run.files.resolved, resolved(run.config, run.reader.tokenizer.vocabulary_size, step))
+    return step
+
+
+def _open_log(run: Run) -> RunLog:
+    settings = run.config.train
+    return RunLog(
+        run.files.folder,
+        total_steps=settings.steps,
+        batch_size=run.config.batch.size,
+        log_every_steps=settings.log_every_steps,
+        console=run.console,
+    )
+
+
+def _note_start(run: Run, log: RunLog, quarantine: Quarantine, step: ContrastiveStep, start: int) -> None:
+    """Say what is about to be trained, and what of the data is not used."""
+    if isinstance(run.source, ShardSource) and run.source.skipped:
+        quarantine.list_unused(run.source.name, run.source.skipped)
+        counts = Counter(reason for _, reason in run.source.skipped)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        log.note(f"{run.source.name}: {len(run.source.skipped)} entries are not used ({reasons}); quarantine.jsonl")
+    plans = ", ".join(f"{lane}: {plan.micro_batch} at once, {plan.keep} kept" for lane, plan in step.plans.items())
+    steps, size = run.config.train.steps, run.config.batch.size
+    log.note(f"{run.files.folder}: step {start} of {steps}, batch {size}; {plans}")
+
+
+def _schedule(config: RunConfig) -> Callable[[int], float]:
+    return partial(
+        optim.learning_rate,
+        peak=config.optim.learning_rate,
+        warmup_steps=config.optim.warmup_steps,
+        total_steps=config.train.steps,
+    )
+
+
+def _save(run: Run, optimizer: Optimizer, quarantine: Quarantine, steps: int) -> None:
+    checkpoint.save(
+        run.files.folder,
+        steps,
+        model=checkpoint.module_tensors(run.modules),
+        optimizer=optim.optimizer_tensors(optimizer),
+        state={"position": steps * run.config.batch.size, "quarantine": quarantine.state_dict()},
+        keep=run.config.train.keep_checkpoints,
+    )
+
+
+def _scores(run: Run, steps: int) -> dict[str, float]:
+    """The scores that the log shows during training."""
+    with evaluating(run.model):
+        return headline(evaluate(run.encoder, run.sets, run.config.data.shifts))
 
 
 def headline(results: Results) -> dict[str, float]:
@@ -223,33 +269,30 @@ def headline(results: Results) -> dict[str, float]:
     return scores if results["shift_mean"] is None else {**scores, "shift_mean": results["shift_mean"]}
 
 
-def finish(
-    config: RunConfig,
-    files: Files,
-    sets: Sequence[EvaluationSet],
-    encoder: Encoder,
-    model: DualEncoder,
-    loss: InfoNCE,
-    recipe: str,
-) -> None:
+def finish(run: Run) -> None:
     """Evaluate a trained run: results.json, a picture of test images with their guesses, the table on stdout."""
-    with evaluating(model):
-        results = evaluate(encoder, sets, config.data.shifts)
-        scale = math.exp(float(loss.logit_scale.detach()))
+    with evaluating(run.model):
+        results = evaluate(run.encoder, run.sets, run.config.data.shifts)
         if distributed.rank() == 0:
-            write_results(files.results, results)
-            rows = [
-                GuessRow(
-                    name=each.name,
-                    note=f"top-1 {float(results['sets'][each.name]['top1']):.1%} of {len(each.classnames)} classes",
-                    guesses=top_guesses(encoder, each, count=PICTURE_IMAGES, logit_scale=scale),
-                )
-                for each in sets
-                if each.task == "classification"
-            ]
-            if rows:
-                draw_guesses(files.picture, f"Triscale: {recipe}", rows)
-            show(files, results)
+            write_results(run.files.results, results)
+            _draw(run, results)
+            show(run.files, results)
+
+
+def _draw(run: Run, results: Results) -> None:
+    """Draw some images of every classification set with the model's guesses; nothing where there is no such set."""
+    scale = math.exp(float(run.loss.logit_scale.detach()))
+    rows = [
+        GuessRow(
+            name=each.name,
+            note=f"top-1 {float(results['sets'][each.name]['top1']):.1%} of {len(each.classnames)} classes",
+            guesses=top_guesses(run.encoder, each, count=PICTURE_IMAGES, logit_scale=scale),
+        )
+        for each in run.sets
+        if each.task == "classification"
+    ]
+    if rows:
+        draw_guesses(run.files.picture, f"Triscale: {run.recipe}", rows)
 
 
 def show(files: Files, results: Results) -> None:

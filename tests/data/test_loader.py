@@ -134,6 +134,27 @@ def test_a_batch_is_the_same_whatever_the_number_of_workers(small_pieces: None):
             assert_equal(batch, literal)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_images_are_decoded_once_where_all_can_be_kept_and_rows_are_the_same(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+):
+    class Counting(Pictures):
+        images = 0
+
+        def read(self, index: int, *, image: bool = True) -> Sample:
+            self.images += image
+            sample = super().read(index)
+            return sample if image else replace(sample, image=b"")
+
+    monkeypatch.setattr(loader, "CACHE_BYTES", 60 * 3 * 16**2 - (not kept))
+    source = Counting()
+    reader = make_reader(source)
+    first, again = (reader(range(0, 120)) for _ in range(2))
+    assert source.images == (60 if kept else 240)
+    assert_equal(again, first)
+    assert_equal(make_reader()(range(0, 120)), first)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_share_a_batch_without_changing_it(world: int, small_pieces: None):
     reader = make_reader(Pictures(bad=range(0, 60, 5)))

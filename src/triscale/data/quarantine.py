@@ -68,6 +68,10 @@ class Quarantine:
         self._list(records)
         self.check()
 
+    def list_unused(self, source: str, entries: Iterable[tuple[str, str]]) -> None:
+        """List (key, reason) of what a source holds but never draws; the counts are of draws and stay."""
+        self._list([BadRecord(source=source, key=key, reason=reason) for key, reason in entries])
+
     def check(self, minimum_draws: int = MINIMUM_DRAWS) -> None:
         """Raise RunError if there are at least `minimum_draws` draws and more than `max_bad` of them bad."""
         if self.drawn < minimum_draws or not exceeds(sum(self.bad.values()), self.drawn, self.max_bad):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection, forkserver, resource_tracker
@@ -42,16 +43,19 @@ def run(
         options["multiprocessing_context"] = _context()
         options["prefetch_factor"] = max(2, -(-ahead // workers))
         options["worker_init_fn"] = _end_with_parent
-    loader = DataLoader(
-        _Results(make),
-        batch_size=None,
-        sampler=ranges,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        # Otherwise every start of an iterator would take a number from the default generator.
-        generator=torch.Generator(),
-        **options,
-    )
+    with warnings.catch_warnings():
+        # How many workers there are is the caller's choice, and more than cores do not fail.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            _Results(make),
+            batch_size=None,
+            sampler=ranges,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            # Otherwise every start of an iterator would take a number from the default generator.
+            generator=torch.Generator(),
+            **options,
+        )
     others = multiprocessing.active_children()
     with _signals_held():
         results = iter(loader)

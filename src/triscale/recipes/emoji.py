@@ -62,5 +62,5 @@ def config() -> RunConfig:
         ),
         batch=BatchSettings(size=256, micro="image=128,text=256", batch_norm="per_micro_batch"),
         optim=OptimSettings(learning_rate=1.5e-3, weight_decay=0.2, warmup_steps=200),
-        train=TrainSettings(steps=2200, precision="bfloat16", checkpoint_every_steps=500),
+        train=TrainSettings(steps=1900, precision="bfloat16", checkpoint_every_steps=500),
     )

@@ -25,6 +25,7 @@ def config() -> RunConfig:
             tokens=16,
             vocabulary=512,
             ids="label",
+            workers=0,  # two cores: a worker would take one from the towers, and drawn images are kept
         ),
         model=ModelSettings(
             image="resnet10t",

@@ -123,6 +123,7 @@ class Lane:
 
 
 def put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    """Give each buffer the value beside it, in place."""
     with torch.no_grad():
         for buffer, value in buffers:
             buffer.copy_(value)
