@@ -14,7 +14,8 @@ def config() -> RunConfig:
         triscale train emoji --data.root DIR
 
     DIR holds the data set `emoji`: `train/*.tar` and the evaluation sets `wds_*`. Two CPU cores with native bfloat16
-    (AVX-512 BF16 or AMX): TOTAL minutes in all; elsewhere `--train.precision float32` may be faster. Top-1: RESULT %.
+    (AVX-512 BF16 or AMX): 18 minutes in all; elsewhere `--train.precision float32` may be faster. Top-1 in %: val 59.9,
+    openmoji 33.7, fluent-emoji 79.7, fluent-emoji-high-contrast 57.5, fxemoji 55.4, unseen-classes 19.0 %.
     """
     shifts = ("openmoji", "fluent-emoji", "fluent-emoji-high-contrast", "fxemoji")
     return RunConfig(
