@@ -14,8 +14,8 @@ def config() -> RunConfig:
         triscale train clipart --data.root DIR
 
     DIR holds the data set `clipart`: `train/*.tar` and the evaluation set `wds_val`. Two CPU cores with native bfloat16
-    (AVX-512 BF16 or AMX): 6 minutes in all; elsewhere `--train.precision float32` may be faster. Recall@1, @5, @10 among
-    500: image to text 13.2, 32.2, 42.6 %; text to image 15.2, 32.6, 41.0 %.
+    (AVX-512 BF16 or AMX): 6 minutes in all; elsewhere `--train.precision float32` may be faster. Recall@1, @5, @10
+    among 500: image to text 13.2, 32.2, 42.6 %; text to image 15.2, 32.6, 41.0 %.
     """
     base = emoji.config()
     data = replace(
