@@ -20,7 +20,7 @@ from triscale.data.loader import BatchReader, open_source, require_batch
 from triscale.data.order import Order
 from triscale.data.samples import BadSample, Source
 from triscale.data.text import Tokenizer, train_tokenizer
-from triscale.errors import UsageError
+from triscale.errors import RunError, UsageError
 from triscale.evaluation.encoder import Encoder
 from triscale.losses import InfoNCE
 from triscale.models.dual_encoder import DualEncoder, build_dual_encoder
@@ -33,10 +33,6 @@ from triscale.training.step import ContrastiveStep
 
 TOKENIZER_SAMPLES = 20_000
 """Most samples whose captions train a tokenizer; evenly spread over the source."""
-PICTURE_IMAGES = 4
-"""Test images of each set in the picture of a run."""
-VERIFY_DROPOUT = 0.1
-"""Least dropout and stochastic depth under which `verify` holds the step against direct."""
 
 
 def device_of(name: str) -> torch.device:
@@ -53,8 +49,12 @@ def captions_of(source: Source, fields: Sequence[str], templates: Sequence[str] 
     """Captions of at most 20,000 samples, evenly spread, then the templates' own words; bad samples are left out."""
     count = min(len(source), TOKENIZER_SAMPLES)
     for number in range(count):
-        with contextlib.suppress(BadSample):
+        try:
             yield from all_captions(source.read(len(source) * number // count, image=False), fields)
+        except BadSample:
+            continue
+        except OSError as error:
+            raise RunError(f"{source.name}: its captions could not be read: {error.strerror or error}") from error
     yield from (template.replace("{c}", " ") for template in templates)
 
 
