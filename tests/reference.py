@@ -15,8 +15,7 @@ def info_nce_loop(x: Tensor, y: Tensor, scale: float, ids: list[int] | None = No
     """InfoNCE by loops over rows, both directions, positives by id (a negative id is unique)."""
     x, y = (e.double() / e.double().norm(dim=1, keepdim=True) for e in (x, y))
     n = len(x)
-    ids = [-1] * n if ids is None else ids
-    positives = [[j for j in range(n) if j == i or (ids[i] >= 0 and ids[i] == ids[j])] for i in range(n)]
+    positives = _positives(n, ids)
     total = 0.0
     for a, b in ((x, y), (y, x)):
         for i in range(n):
@@ -39,6 +38,64 @@ def info_nce(x: Tensor, y: Tensor, logit_scale: Tensor, ids: Tensor | None = Non
         targets = targets / targets.sum(1, keepdim=True)
     scores = logit_scale.exp() * x @ y.T
     return (nn.functional.cross_entropy(scores, targets) + nn.functional.cross_entropy(scores.T, targets)) / 2
+
+
+def _positives(n: int, ids: list[int] | None) -> list[list[int]]:
+    """P(i) of every i, i included: the rows with its id; a negative id is unique."""
+    ids = [-1] * n if ids is None else ids
+    return [[j for j in range(n) if j == i or (ids[i] >= 0 and ids[i] == ids[j])] for i in range(n)]
+
+
+def sigmoid_loop(x: Tensor, y: Tensor, scale: float, bias: float, ids: list[int] | None = None) -> float:
+    """The sigmoid loss by loops over pairs (arXiv 2303.15343, section 3.2), positives by id."""
+    x, y = (e.double() / e.double().norm(dim=1, keepdim=True) for e in (x, y))
+    total = 0.0
+    for i, positives in enumerate(_positives(len(x), ids)):
+        for j in range(len(x)):
+            logit = (1 if j in positives else -1) * (scale * float(x[i] @ y[j]) + bias)
+            total += (math.log1p(math.exp(-logit)) if logit > 0 else math.log1p(math.exp(logit)) - logit) / len(x)
+    return total
+
+
+def nt_xent_loop(z: Tensor, scale: float, ids: list[int] | None = None) -> float:
+    """NT-Xent by loops over rows (arXiv 2002.05709, equation 1), images i at rows i and B+i, positives by id."""
+    z = z.double() / z.double().norm(dim=1, keepdim=True)
+    images = len(z) // 2
+    of_image = _positives(images, ids)
+    total = 0.0
+    for i in range(len(z)):
+        others = [k for k in range(len(z)) if k != i]
+        positives = [k for k in others if k % images in of_image[i % images]]
+        scores = {k: scale * float(z[i] @ z[k]) for k in others}
+        largest = max(scores.values())
+        log_sum = largest + math.log(sum(math.exp(s - largest) for s in scores.values()))
+        total -= sum(scores[k] - log_sum for k in positives) / len(positives) / len(z)
+    return total
+
+
+def _positive_matrix(n: int, ids: Tensor | None) -> Tensor:
+    matrix = torch.zeros(n, n, dtype=torch.bool)
+    for i, positives in enumerate(_positives(n, None if ids is None else ids.tolist())):
+        matrix[i, positives] = True
+    return matrix
+
+
+def sigmoid(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, ids: Tensor | None = None) -> Tensor:
+    """The sigmoid loss, differentiable, from torch's binary cross entropy."""
+    x, y = (e / e.pow(2).sum(1, keepdim=True).sqrt() for e in (x, y))
+    logits = logit_scale.exp() * x @ y.T + logit_bias
+    targets = _positive_matrix(len(x), ids).to(x.dtype)
+    return nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(x)
+
+
+def nt_xent(z: Tensor, logit_scale: Tensor, ids: Tensor | None = None) -> Tensor:
+    """NT-Xent, differentiable, from torch's cross entropy with soft targets."""
+    z = z / z.pow(2).sum(1, keepdim=True).sqrt()
+    itself = torch.eye(len(z), dtype=torch.bool)
+    targets = (_positive_matrix(len(z) // 2, ids).repeat(2, 2) & ~itself).to(z.dtype)
+    scores = (logit_scale.exp() * z @ z.T)[~itself].view(len(z), -1)
+    targets = targets[~itself].view(len(z), -1)
+    return nn.functional.cross_entropy(scores, targets / targets.sum(1, keepdim=True))
 
 
 class DropoutTower(nn.Module):

@@ -1,12 +1,13 @@
 """Processes: group, rank, world, and the only collectives of the package. On one process each is the identity.
 
 Tensors that ranks hold in uneven numbers of rows are padded to the largest before they travel, so every backend
-(NCCL, gloo) serves. Nothing here needs a GPU.
+(NCCL, gloo) serves. Nothing here needs a GPU. A collective that fails or times out raises `LostProcess`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from triscale.errors import LostProcess
 
 
 def rank() -> int:
@@ -33,24 +36,65 @@ def process_group(device: str, timeout_seconds: float = 60.0) -> Iterator[None]:
     Args:
         device: "cuda" uses NCCL on the local rank's card, anything else gloo.
         timeout_seconds: after which a collective that waits for a dead rank raises.
+
+    Raises:
+        LostProcess: not all processes came.
     """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    try:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    except RuntimeError as error:
+        raise LostProcess(f"not all processes came together within {timeout_seconds:.0f} seconds") from error
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
+@contextmanager
+def _others() -> Iterator[None]:
+    """Around a collective: what the backend raises becomes one line. The backends raise nothing narrower."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Backends put the place in their sources before, and advice behind: "[gloo/pair.cc:545] Connection reset. ..."
+        reason = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip()).split(". ")[0].splitlines()
+        what = reason[0] if reason else type(error).__name__
+        raise LostProcess(f"process {rank()} of {world_size()} lost contact with the others: {what}") from error
+
+
+def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    if world_size() > 1:
+        with _others():
+            dist.all_reduce(tensor, op=operation)
+    return tensor
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place; returns `tensor`."""
-    if world_size() > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
-    return tensor
+    return _all_reduce(tensor, dist.ReduceOp.SUM)
+
+
+class _SumWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:  # type: ignore[override]
+        return all_reduce_sum(tensor.clone())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return all_reduce_sum(gradient.clone(memory_format=torch.contiguous_format))
+
+
+def all_reduce_sum_with_gradient(tensor: Tensor) -> Tensor:
+    """Sum over ranks as a differentiable function of every rank's tensor.
+
+    All ranks' losses depend on each rank's tensor, so the gradient is the sum of theirs: every rank must go backward.
+    """
+    return tensor if world_size() == 1 else _SumWithGradient.apply(tensor)  # type: ignore[return-value]
 
 
 def all_reduce_sum_coalesced(tensors: Sequence[Tensor]) -> None:
@@ -66,16 +110,12 @@ def all_reduce_sum_coalesced(tensors: Sequence[Tensor]) -> None:
 
 def all_reduce_max(tensor: Tensor) -> Tensor:
     """Maximum over ranks, in place; returns `tensor`."""
-    if world_size() > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor
+    return _all_reduce(tensor, dist.ReduceOp.MAX)
 
 
 def all_reduce_min(tensor: Tensor) -> Tensor:
     """Minimum over ranks, in place; returns `tensor`."""
-    if world_size() > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
-    return tensor
+    return _all_reduce(tensor, dist.ReduceOp.MIN)
 
 
 def rows_of(total: int) -> range:
@@ -96,27 +136,55 @@ def all_gather_rows(tensor: Tensor, counts: list[int]) -> Tensor:
     """Concatenate every rank's rows, in rank order. `tensor` is (counts[rank], ...); returns (sum(counts), ...)."""
     if world_size() == 1:
         return tensor
+    gathered = tensor.new_empty((sum(counts), *tensor.shape[1:]))
+    if len(set(counts)) == 1:
+        with _others():
+            dist.all_gather(list(gathered.split(counts)), tensor.contiguous())
+        return gathered
     padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
     padded[: len(tensor)] = tensor
-    gathered = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(gathered, padded)
-    return torch.cat([rows[:n] for rows, n in zip(gathered, counts, strict=True)])
+    parts = [torch.empty_like(padded) for _ in counts]
+    with _others():
+        dist.all_gather(parts, padded)
+    return torch.cat([rows[:n] for rows, n in zip(parts, counts, strict=True)], out=gathered)
 
 
 def reduce_scatter_rows(tensor: Tensor, counts: list[int]) -> Tensor:
     """Sum `tensor` (sum(counts), ...) over ranks and return this rank's rows (counts[rank], ...)."""
     if world_size() == 1:
         return tensor
-    largest = max(counts)
-    padded = tensor.new_zeros((len(counts), largest, *tensor.shape[1:]))
-    for part, rows in zip(padded, tensor.split(counts), strict=True):
-        part[: len(rows)] = rows
-    mine = torch.empty_like(padded[0])
-    dist.reduce_scatter(mine, list(padded))
+    mine = tensor.new_empty((max(counts), *tensor.shape[1:]))
+    parts = list(tensor.contiguous().split(counts))
+    if len(set(counts)) > 1:
+        padded = tensor.new_zeros((len(counts), *mine.shape))
+        for place, rows in zip(padded, parts, strict=True):
+            place[: len(rows)] = rows
+        parts = list(padded)
+    with _others():
+        dist.reduce_scatter(mine, parts)
     return mine[: counts[rank()]]
+
+
+def broadcast_rows(mine: Tensor, counts: list[int], source: int) -> Tensor:
+    """The rows of rank `source`, (counts[source], ...), on every rank; `mine` (counts[rank], ...) is this rank's."""
+    if world_size() == 1:
+        return mine
+    rows = mine.contiguous() if rank() == source else mine.new_empty((counts[source], *mine.shape[1:]))
+    with _others():
+        dist.broadcast(rows, src=source)
+    return rows
+
+
+def reduce_rows_(tensor: Tensor, to: int) -> Tensor:
+    """Sum `tensor` over ranks into rank `to`, in place; what the others hold afterwards is undefined."""
+    if world_size() > 1:
+        with _others():
+            dist.reduce(tensor, dst=to, op=dist.ReduceOp.SUM)
+    return tensor
 
 
 def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:
-        dist.barrier()
+        with _others():
+            dist.barrier()

@@ -9,3 +9,7 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """What was begun could not be finished: bad data, non-finite losses, a full disk. One line; exit status 1."""
+
+
+class LostProcess(RunError):
+    """A collective failed or timed out, because another process died, hangs or failed by itself."""

@@ -1,5 +1,18 @@
 """Contrastive losses as modules that own their temperature; each in a dense and a tiled form with equal results."""
 
-from triscale.losses.info_nce import InfoNCE
+from __future__ import annotations
 
-__all__ = ["InfoNCE"]
+from collections.abc import Callable
+
+from triscale.losses.contrastive import ContrastiveLoss
+from triscale.losses.info_nce import InfoNCE
+from triscale.losses.nt_xent import NTXent
+from triscale.losses.sigmoid import Sigmoid
+
+__all__ = ["PAIR_LOSSES", "InfoNCE", "NTXent", "Sigmoid"]
+
+PAIR_LOSSES: dict[str, Callable[..., ContrastiveLoss]] = {
+    "info_nce": lambda batch_size, **options: InfoNCE(**options),
+    "sigmoid": lambda batch_size, **options: Sigmoid(batch_size=batch_size, **options),
+}
+"""Losses of image-text pairs by name: the contrastive batch and the options that all have -> the loss."""

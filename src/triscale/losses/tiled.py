@@ -2,21 +2,28 @@
 
 How InfoNCE goes, on a rank with b of the B rows of x and of y:
 
-1. x and y are normalised; y and the ids are gathered once: (B, d).
-2. Sweep one computes each tile of scores and folds it into the log-sum-exp of its rows (all columns are here) and of
-   its columns (all-reduced over ranks afterwards). Log-sum-exps are combined online, so any scale stays finite.
+1. x and y are normalised: (b, d) each. y of all ranks is had as columns, gathered or block by block (`columns`).
+2. Sweep one computes each tile of scores and folds it into the log-sum-exp of its rows (all columns pass by) and of
+   its columns (all-reduced over ranks afterwards).
 3. Sweep two computes each tile again, turns it into G = softmax over rows + softmax over columns, and adds G y to dx
    and G^T x to dy. Together four products of 2*b*B*d FLOPs, each tile serving both directions.
-4. dy is reduce-scattered to the ranks that own the rows.
+4. dy goes to the ranks that own the rows. The memory of normalised y ends as dy: beyond the inputs there are three
+   (b, d) tensors at one process and with `blocks`, two of which are the result.
 
-Positives enter linearly, so tiles never see ids: sum_i s x_i . mean(y over P(i)) is a matter of group sums, O(B*d).
+Sigmoid needs no log-sum-exp, so its loss and gradients take one sweep and three products. NT-Xent has z on both sides:
+its scores are symmetric, a column's log-sum-exp is that of the row of the same number, and with these gathered
+dz = (P + P^T) z needs neither a product with the transposed tile nor a reduction: two sweeps, three products.
 
-Shape suffixes: B pairs over all ranks, b of this rank, d width, r and c rows and columns of a tile.
+Positives enter linearly, so tiles never see ids: they are a matter of group sums, O(B*d) (`positives`).
+
+Shape suffixes: B rows over all ranks, b of this rank, d width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,177 +31,167 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from triscale import distributed
-
-TILE_ROWS = 512
-TILE_COLUMNS = 1024
-ACCURACY_ROWS = 256
-SMALLEST_NORM = 1e-12
-"""Shorter rows are divided by this, as torch's normalize does."""
+from triscale.losses import sweeps
+from triscale.losses.columns import Exchange, RankRows, columns, rank_rows
+from triscale.losses.positives import Groups, PositiveSums, group_rows
+from triscale.losses.tiles import BestMatch, TileMemory, precise_sum, row_tiles, to_raw_rows_, unit_rows
 
 
-class InfoNCEParts(NamedTuple):
-    """What one forward pass gives: the global loss, this rank's gradients (None if not wanted), the accuracy."""
+class Parts(NamedTuple):
+    """What one forward pass gives."""
 
     loss: Float[Tensor, ""]
-    grad_x: Float[Tensor, "b d"] | None
-    grad_y: Float[Tensor, "b d"] | None
-    grad_logit_scale: Float[Tensor, ""] | None
+    """Over all ranks' rows, the same on every rank."""
     accuracy: Float[Tensor, ""]
+    """The share of rows (the first few of each rank) whose best match is a positive."""
+    gradients: tuple[Tensor, ...]
+    """Of each input, () if not wanted. Of rows: this rank's. Of a parameter: this rank's share; all add up."""
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Rows with an equal id: `index[i]` is the group of row i of all B, `size[i]` the number of rows in it."""
-
-    index: Int[Tensor, " b"]
-    size: Int[Tensor, " b"]
-    count: int
-
-    def sums(self, rows: Float[Tensor, "n d"], index: Int[Tensor, " n"]) -> Float[Tensor, "g d"]:
-        """Add up `rows` by group; `index` is the group of each."""
-        return rows.new_zeros((self.count, rows.shape[1])).index_add_(0, index, rows)
+def _score_positives(x: Tensor, positives: PositiveSums, weights: Tensor, start_of_gradient: Tensor | None) -> Tensor:
+    """sum_i w_i x_i . (sum over P(i)); -w_i times that sum becomes row i of `start_of_gradient`, if given."""
+    total = precise_sum(x[:0])
+    for rows in row_tiles(len(x)):
+        weighted = positives.tile(rows) * weights[rows, None]
+        total += precise_sum((x[rows] * weighted).sum(1))
+        if start_of_gradient is not None:
+            torch.neg(weighted, out=start_of_gradient[rows])
+    return total
 
 
-def group_rows(ids: Int[Tensor, " b"]) -> Groups:
-    """Number the groups of equal ids; a negative id makes a group of its own."""
-    shared = ids >= 0
-    index = torch.empty_like(ids)
-    values, inverse = torch.unique(ids[shared], return_inverse=True)
-    index[shared] = inverse
-    alone = int((~shared).sum())
-    index[~shared] = torch.arange(len(values), len(values) + alone, device=ids.device)
-    count = len(values) + alone
-    return Groups(index, torch.bincount(index, minlength=count)[index], count)
+def _subtract_positives_(gradient: Tensor, positives: PositiveSums, weights: Tensor) -> None:
+    """Take w_i * (sum over P(i)) off every row i of `gradient`."""
+    for rows in row_tiles(len(gradient)):
+        gradient[rows].addcmul_(positives.tile(rows), weights[rows, None], value=-1)
 
 
-def _log_sum_exps(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Sweep one: log-sum-exp of the scores of every row (b,) and, over this rank's rows, of every column (B,)."""
-    row_lse, column_lse = (e.new_full((len(e),), -torch.inf) for e in (x, y))
-    for r in range(0, len(x), TILE_ROWS):
-        rows = slice(r, r + TILE_ROWS)
-        scaled_x = scale * x[rows]
-        for c in range(0, len(y), TILE_COLUMNS):
-            columns = slice(c, c + TILE_COLUMNS)
-            scores = scaled_x @ y[columns].T  # (r, c)
-            row_lse[rows] = torch.logaddexp(row_lse[rows], scores.logsumexp(1))
-            column_lse[columns] = torch.logaddexp(column_lse[columns], scores.logsumexp(0))
-    return row_lse, column_lse
-
-
-def _softmax_gradients(
-    x: Tensor, y: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor
+def _reduced(
+    share: Tensor, dtype: torch.dtype, best: BestMatch, groups: Groups, ranks: RankRows
 ) -> tuple[Tensor, Tensor]:
-    """Sweep two: G y (b, d) and G^T x (B, d), G the sum of the row and the column softmax of the scores."""
-    grad_x, grad_y = torch.zeros_like(x), torch.zeros_like(y)
-    for r in range(0, len(x), TILE_ROWS):
-        rows = slice(r, r + TILE_ROWS)
-        scaled_x = scale * x[rows]
-        for c in range(0, len(y), TILE_COLUMNS):
-            columns = slice(c, c + TILE_COLUMNS)
-            scores = scaled_x @ y[columns].T  # (r, c)
-            probabilities = (scores - row_lse[rows, None]).exp_()
-            probabilities += scores.sub_(column_lse[None, columns]).exp_()
-            grad_x[rows].addmm_(probabilities, y[columns])
-            grad_y[columns].addmm_(probabilities.T, x[rows])
-    return grad_x, grad_y
-
-
-def _all_reduce_log_sum_exp(lse: Tensor) -> Tensor:
-    """Combine the ranks' log-sum-exps of the same columns."""
-    if distributed.world_size() == 1:
-        return lse
-    largest = distributed.all_reduce_max(lse.clone())
-    return distributed.all_reduce_sum((lse - largest).exp_()).log_().add_(largest)
-
-
-def _accuracy(x: Tensor, y: Tensor, group: Tensor, first_row: int) -> Tensor:
-    """How many of the first rows have a positive as their best match: (hits, rows) as a tensor."""
-    sample = min(len(x), ACCURACY_ROWS)
-    best = (x[:sample] @ y.T).argmax(1)
-    hits = group[best] == group[first_row : first_row + sample]
-    return torch.stack([hits.sum(), torch.full_like(best[0], sample)]).to(x.dtype)
-
-
-def _norms(rows: Tensor) -> Tensor:
-    return rows.norm(dim=1, keepdim=True).clamp_min_(SMALLEST_NORM)
-
-
-def _through_normalisation_(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
-    """The gradient with respect to rows whose unit vectors are `unit`, given that of these; in place."""
-    along = (gradient * unit).sum(1, keepdim=True)
-    return gradient.addcmul_(unit, along, value=-1).div_(norms)
+    """A loss from every rank's share of it, and the accuracy, in one all-reduce."""
+    mine = groups.by_row[ranks.first : ranks.first + best.rows]
+    hits = (groups.by_row[best.column] == mine).sum()
+    sums = torch.stack([share, hits.to(share.dtype), torch.full_like(share, best.rows)])
+    loss, hits, rows = distributed.all_reduce_sum(sums).to(dtype)
+    return loss, hits / rows
 
 
 @torch.no_grad()
-def info_nce_parts(
-    x: Float[Tensor, "b d"],
-    y: Float[Tensor, "b d"],
-    logit_scale: Float[Tensor, ""],
-    ids: Int[Tensor, " b"] | None,
-    gradients: bool,
-) -> InfoNCEParts:
-    """Loss and gradients of InfoNCE over the rows of all ranks. x, y, ids: this rank's rows, of any length.
+def _info_nce(
+    gradients: bool, x: Tensor, y: Tensor, logit_scale: Tensor, *, ids: Tensor | None, exchange: Exchange
+) -> Parts:
+    ranks, scale = rank_rows(len(x), x.device), math.exp(logit_scale.item())
+    groups = group_rows(ids, ranks, x.device)
+    (unit_x, x_norms), (unit_y, y_norms) = unit_rows(x), unit_rows(y)
+    weights = 2.0 / groups.sizes.to(unit_x.dtype)  # of positives in both directions together
+    grad_x = torch.empty_like(unit_x) if gradients else None
+    positive_scores = scale * _score_positives(unit_x, PositiveSums(unit_y, groups), weights, grad_x)
 
-    The loss is the global one on every rank. The gradients of x and y are those of this rank's rows; that of
-    logit_scale is this rank's share, and the shares of all ranks sum to the whole.
-    """
-    counts = distributed.row_counts(len(x), x.device)
-    total, first_row = sum(counts), sum(counts[: distributed.rank()])
-    mine = slice(first_row, first_row + len(x))
-    x_norms, y_norms = _norms(x), _norms(y)
-    x, y = x / x_norms, y / y_norms
-    y_all = distributed.all_gather_rows(y, counts)
-    scale = logit_scale.exp()
+    memory = TileMemory(unit_x, len(x), ranks.total)
+    y_sum = distributed.all_reduce_sum(unit_y.sum(0))
+    scores = sweeps.Scores(unit_x, columns(exchange, unit_y, ranks), ranks, scale, memory)
+    del unit_y
+    best = BestMatch(unit_x, len(x))
+    row_lse, column_lse = sweeps.log_sum_exps(scores, y_sum, best, by_column=True)
+    assert column_lse is not None
+    share = math.log(2) * precise_sum(row_lse + column_lse[ranks.mine]) - positive_scores
+    loss, accuracy = _reduced(share / (2 * ranks.total), unit_x.dtype, best, groups, ranks)
+    if grad_x is None:
+        return Parts(loss, accuracy, ())
 
-    if ids is None:
-        groups = None
-        group = torch.arange(total, device=x.device)
-        positive_y = y
-    else:
-        groups = group_rows(distributed.all_gather_rows(ids, counts))
-        group = groups.index
-        positive_y = groups.sums(y_all, group)[group[mine]] / groups.size[mine, None]  # mean of y over P(i)
-
-    row_lse, column_lse = _log_sum_exps(x, y_all, scale)
-    column_lse = _all_reduce_log_sum_exp(column_lse)
-    share = row_lse.sum() / 2 - scale * torch.linalg.vecdot(x, positive_y).sum()
-    sums = distributed.all_reduce_sum(torch.cat([share[None], _accuracy(x, y_all, group, first_row)]))
-    loss = (sums[0] + column_lse.sum() / 2) / total
-    accuracy = sums[1] / sums[2]
-    if not gradients:
-        return InfoNCEParts(loss, None, None, None, accuracy)
-
-    grad_x, grad_y = _softmax_gradients(x, y_all, scale, row_lse, column_lse)
-    grad_x.div_(2).sub_(positive_y).mul_(scale / total)
-    if groups is None:
-        grad_y.div_(2)[mine].sub_(x)
-    else:
-        grad_y.div_(2).sub_(groups.sums(x, group[mine])[group] / groups.size[:, None])
-    grad_y = distributed.reduce_scatter_rows(grad_y.mul_(scale / total), counts)
+    sweeps.softmax_gradients(scores, row_lse, column_lse, grad_x, by_column=True)
+    grad_y = scores.columns.gradient()
+    _subtract_positives_(grad_y, PositiveSums(unit_x, groups), weights)
+    factor = scale / (2 * ranks.total)
     # The loss sees logit_scale through the scores alone: dL/dlogit_scale = sum_ij dL/ds_ij s_ij = sum_i x_i . dL/dx_i.
-    grad_logit_scale = torch.linalg.vecdot(x, grad_x).sum()
-    _through_normalisation_(grad_x, x, x_norms)
-    _through_normalisation_(grad_y, y, y_norms)
-    return InfoNCEParts(loss, grad_x, grad_y, grad_logit_scale, accuracy)
+    grad_scale = to_raw_rows_(grad_x, x, x_norms, factor)
+    to_raw_rows_(grad_y, y, y_norms, factor)
+    return Parts(loss, accuracy, (grad_x, grad_y, grad_scale))
 
 
-class _InfoNCE(torch.autograd.Function):
-    """Hands gradients that the forward pass made to autograd."""
+@torch.no_grad()
+def _sigmoid(
+    gradients: bool,
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    ids: Tensor | None,
+    exchange: Exchange,
+) -> Parts:
+    ranks, scale, bias = rank_rows(len(x), x.device), math.exp(logit_scale.item()), logit_bias.item()
+    groups = group_rows(ids, ranks, x.device)
+    (unit_x, x_norms), (unit_y, y_norms) = unit_rows(x), unit_rows(y)
+    weights = unit_x.new_ones(len(x))
+    grad_x = torch.empty_like(unit_x) if gradients else None
+    positive_pairs = int(groups.sizes.sum())
+    # softplus(-l) = softplus(l) - l, so that every pair counts as a negative and the positives' logits come off.
+    positive_logits = scale * _score_positives(unit_x, PositiveSums(unit_y, groups), weights, grad_x)
+    positive_logits += bias * positive_pairs
+
+    memory = TileMemory(unit_x, len(x), ranks.total)
+    scores = sweeps.Scores(unit_x, columns(exchange, unit_y, ranks), ranks, scale, memory)
+    del unit_y
+    best = BestMatch(unit_x, len(x))
+    sum_of_softplus, sum_of_g = sweeps.sigmoid_sweep(scores, bias, best, grad_x)
+    loss, accuracy = _reduced((sum_of_softplus - positive_logits) / ranks.total, unit_x.dtype, best, groups, ranks)
+    if grad_x is None:
+        return Parts(loss, accuracy, ())
+
+    grad_y = scores.columns.gradient()
+    _subtract_positives_(grad_y, PositiveSums(unit_x, groups), weights)
+    grad_scale = to_raw_rows_(grad_x, x, x_norms, scale / ranks.total)  # as in InfoNCE
+    to_raw_rows_(grad_y, y, y_norms, scale / ranks.total)
+    return Parts(loss, accuracy, (grad_x, grad_y, grad_scale, (sum_of_g - positive_pairs) / ranks.total))
+
+
+@torch.no_grad()
+def _nt_xent(gradients: bool, z: Tensor, logit_scale: Tensor, *, ids: Tensor | None, exchange: Exchange) -> Parts:
+    ranks, scale = rank_rows(len(z), z.device), math.exp(logit_scale.item())
+    groups = group_rows(ids, ranks, z.device, views=2)
+    unit, norms = unit_rows(z)
+    weights = 2.0 / (groups.sizes - 1).to(unit.dtype)  # i as the row and i as the column
+    grad_z = torch.empty_like(unit) if gradients else None
+    positive_scores = scale * _score_positives(unit, PositiveSums(unit, groups, without_self=True), weights, grad_z)
+
+    memory = TileMemory(unit, len(z), ranks.total)
+    scores = sweeps.Scores(unit, columns(exchange, unit, ranks), ranks, scale, memory, without_self=True)
+    best = BestMatch(unit, len(z))
+    z_sum = distributed.all_reduce_sum(unit.sum(0))
+    row_lse, _ = sweeps.log_sum_exps(scores, z_sum, best, by_column=False)
+    share = math.log(2) * precise_sum(row_lse) - positive_scores / 2
+    loss, accuracy = _reduced(share / ranks.total, unit.dtype, best, groups, ranks)
+    if grad_z is None:
+        return Parts(loss, accuracy, ())
+
+    column_lse = distributed.all_gather_rows(row_lse, ranks.counts)
+    sweeps.softmax_gradients(scores, row_lse, column_lse, grad_z, by_column=False)
+    grad_scale = to_raw_rows_(grad_z, z, norms, scale / ranks.total) / 2  # each score was counted from both its rows
+    return Parts(loss, accuracy, (grad_z, grad_scale))
+
+
+class _MadeInForward(torch.autograd.Function):
+    """Hands gradients that the forward pass made to autograd, scaled by the one that comes in."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, logit_scale: Tensor, ids: Tensor | None, gradients: bool):  # type: ignore[override]
-        parts = info_nce_parts(x, y, logit_scale, ids, gradients)
-        if parts.grad_x is not None and parts.grad_y is not None and parts.grad_logit_scale is not None:
-            ctx.save_for_backward(parts.grad_x, parts.grad_y, parts.grad_logit_scale)
-        ctx.mark_non_differentiable(parts.accuracy)
-        return parts.loss, parts.accuracy
+    def forward(ctx, parts: Callable[..., Parts], gradients: bool, *inputs: Tensor):  # type: ignore[override]
+        loss, accuracy, made = parts(gradients, *inputs)
+        ctx.save_for_backward(*(g.to(e.dtype) for g, e in zip(made, inputs, strict=gradients)))
+        ctx.mark_non_differentiable(accuracy)
+        return loss, accuracy
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor, _: Tensor):  # type: ignore[override]
-        grad_x, grad_y, grad_logit_scale = ctx.saved_tensors
-        if float(grad_loss) == 1:  # the common case, without a second (B, d) for each
-            return grad_x, grad_y, grad_logit_scale, None, None
-        return grad_loss * grad_x, grad_loss * grad_y, grad_loss * grad_logit_scale, None, None
+        made = ctx.saved_tensors
+        if float(grad_loss) != 1:  # the common case needs no second (b, d) for each
+            made = tuple(g * grad_loss.to(g.dtype) for g in made)
+        return None, None, *made
+
+
+def _apply(parts: Callable[..., Parts], *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return _MadeInForward.apply(parts, gradients, *inputs)  # type: ignore[return-value]
 
 
 def info_nce(
@@ -202,9 +199,33 @@ def info_nce(
     y: Float[Tensor, "b d"],
     logit_scale: Float[Tensor, ""],
     ids: Int[Tensor, " b"] | None = None,
+    exchange: Exchange = "gather",
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """InfoNCE of x and y, which are normalised here, over the rows of all ranks in O(B*d) memory; and the accuracy.
+    """`dense.info_nce` over the rows of all ranks, of which x, y and ids are this rank's; loss and accuracy.
 
-    The accuracy is the share of rows (the first 256 of each rank) of x whose best match among all y is a positive.
+    Raises:
+        UsageError: on every rank, if one of them has no row.
     """
-    return _InfoNCE.apply(x, y, logit_scale, ids, torch.is_grad_enabled())  # type: ignore[return-value]
+    return _apply(partial(_info_nce, ids=ids, exchange=exchange), x, y, logit_scale)
+
+
+def sigmoid(
+    x: Float[Tensor, "b d"],
+    y: Float[Tensor, "b d"],
+    logit_scale: Float[Tensor, ""],
+    logit_bias: Float[Tensor, ""],
+    ids: Int[Tensor, " b"] | None = None,
+    exchange: Exchange = "gather",
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """`dense.sigmoid` over the rows of all ranks; as `info_nce` otherwise."""
+    return _apply(partial(_sigmoid, ids=ids, exchange=exchange), x, y, logit_scale, logit_bias)
+
+
+def nt_xent(
+    z: Float[Tensor, "n d"],
+    logit_scale: Float[Tensor, ""],
+    ids: Int[Tensor, " b"] | None = None,
+    exchange: Exchange = "gather",
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """`dense.nt_xent` over the rows of all ranks, each with both views of its images; as `info_nce` otherwise."""
+    return _apply(partial(_nt_xent, ids=ids, exchange=exchange), z, logit_scale)
