@@ -17,14 +17,17 @@ SOURCE = Path(__file__).parents[1] / "src"
 LAYERS = """
 errors randomness distributed
 data: __init__ settings samples order tar shards decode augment captions text
-data: drawing scene_words scenes quarantine workers loader pack
-models: __init__ settings image text projection dual_encoder presets prompts
-losses: dense tiled info_nce __init__
-training: __init__ settings memory lane step verify parallel optim checkpoint log loop
+data: drawing scene_words scenes quarantine workers rows loader pack
+models: __init__ settings normalisation image text projection dual_encoder presets prompts
+losses: tiles columns positives sweeps dense tiled contrastive info_nce sigmoid nt_xent __init__
+training: __init__ settings host_memory parallel memory plan recovery remat batch_norm lane step verify optim
+training: checkpoint log loop
 evaluation: __init__ settings datasets encoder zeroshot retrieval suite report
 config run_folder inference
 recipes: scenes emoji clipart __init__
-assembly runs options cli
+assembly feed scores options
+bench: __init__ measure table picture peers towers loss step once commands
+runs cli
 __init__ __main__
 """
 

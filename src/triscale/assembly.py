@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,19 +17,24 @@ from torch import nn
 from triscale.config import LANES, RunConfig
 from triscale.data.augment import Augmentation
 from triscale.data.captions import all_captions
-from triscale.data.loader import BatchReader, open_source, require_batch
+from triscale.data.loader import open_source, require_batch
 from triscale.data.order import Order
+from triscale.data.rows import BatchReader
 from triscale.data.samples import BadSample, Source
 from triscale.data.text import Tokenizer, train_tokenizer
 from triscale.errors import RunError, UsageError
 from triscale.evaluation.encoder import Encoder
-from triscale.losses import InfoNCE
+from triscale.losses import PAIR_LOSSES
+from triscale.losses.contrastive import ContrastiveLoss
 from triscale.models.dual_encoder import DualEncoder, build_dual_encoder
 from triscale.randomness import derive_seed
 from triscale.training import optim
+from triscale.training.batch_norm import synchronise_batch_norm
 from triscale.training.lane import seeded
-from triscale.training.memory import GIB, LanePlan
-from triscale.training.settings import parse_per_lane
+from triscale.training.memory import GIB
+from triscale.training.plan import LanePlan
+from triscale.training.remat import rematerialise
+from triscale.training.settings import parse_per_lane, parse_remat
 from triscale.training.step import ContrastiveStep
 
 TOKENIZER_SAMPLES = 20_000
@@ -102,32 +108,53 @@ def make_reader(config: RunConfig, source: Source, tokenizer: bytes) -> BatchRea
     )
 
 
-def make_model(config: RunConfig, vocabulary: int) -> tuple[DualEncoder, InfoNCE]:
+def make_model(config: RunConfig, vocabulary: int) -> tuple[DualEncoder, ContrastiveLoss]:
     """Towers and loss with the initial weights that the seed gives, on the CPU."""
     with seeded(derive_seed("weights", config.seed), torch.device("cpu")):
         model = build_dual_encoder(
             config.model, image_size=config.data.image_size, vocabulary=vocabulary, tokens=config.data.tokens
         )
     settings = config.loss
-    return model, InfoNCE(settings.tiled, logit_scale=settings.logit_scale, max_logit_scale=settings.max_logit_scale)
+    loss = PAIR_LOSSES[settings.name](
+        config.batch.size,
+        tiled=settings.tiled,
+        logit_scale=settings.logit_scale,
+        max_logit_scale=settings.max_logit_scale,
+        exchange=settings.exchange,
+    )
+    return model, loss
+
+
+def prepare_towers(config: RunConfig, towers: Mapping[str, nn.Module]) -> None:
+    """Make the towers synchronise BatchNorm and rematerialise as the config says. In place, before the first step."""
+    for lane, mode in parse_remat(config.batch.remat, LANES).items():
+        if config.batch.batch_norm == "synchronised":
+            synchronise_batch_norm(towers[lane])
+        rematerialise(towers[lane], mode)
 
 
 def make_step(
-    config: RunConfig, model: DualEncoder, loss: InfoNCE, plans: Mapping[str, LanePlan] | None = None
+    config: RunConfig, model: DualEncoder, loss: ContrastiveLoss, plans: Mapping[str, LanePlan] | None = None
 ) -> ContrastiveStep:
-    """The exact step as the config, or a run's earlier resolution of "auto", has it."""
+    """The exact step as the config, or a run's earlier resolution of "auto", has it; its towers are prepared."""
+    prepare_towers(config, model.towers())
     step = ContrastiveStep(
         model.towers(),
         loss,
         micro_batch=parse_per_lane("--batch.micro", config.batch.micro, LANES, smallest=1),
         keep=parse_per_lane("--batch.keep", config.batch.keep, LANES, smallest=0),
         seed=config.seed,
-        batch_norm=config.batch.batch_norm,
+        batch_norm=step_batch_norm(config),
         autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
         budget_bytes=int(config.memory.budget_gib * GIB) or None,
     )
     step.plans.update(plans or {})
     return step
+
+
+def step_batch_norm(config: RunConfig) -> Literal["refuse", "per_micro_batch"]:
+    """What the step is to make of towers with BatchNorm; that of synchronised ones is per micro-batch as well."""
+    return "refuse" if config.batch.batch_norm == "refuse" else "per_micro_batch"
 
 
 def make_optimizer(config: RunConfig, modules: Mapping[str, nn.Module]) -> torch.optim.AdamW:

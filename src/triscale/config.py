@@ -25,6 +25,7 @@ from triscale.training.settings import (
     RunSettings,
     TrainSettings,
     parse_per_lane,
+    parse_remat,
 )
 
 LANES = ("image", "text")
@@ -41,6 +42,7 @@ MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.eval_every_steps",
     "train.log_every_steps",
+    "train.collective_timeout_seconds",
 )
 """Beginnings of the names of fields that a resumed run may change, because no weight depends on them."""
 
@@ -150,6 +152,8 @@ def validate(config: RunConfig) -> None:
         "model.text_layers": 1,
         "model.text_heads": 1,
         "memory.budget_gib": 0,
+        "memory.host_gib": 0,
+        "train.collective_timeout_seconds": 1,
         "optim.learning_rate": 0,
         "optim.warmup_steps": 0,
         "optim.clip_norm": 0,
@@ -176,3 +180,4 @@ def validate(config: RunConfig) -> None:
             raise UsageError(f"--data.caption-templates: {template!r} has no {{c}}")
     parse_per_lane("--batch.micro", config.batch.micro, LANES, smallest=1)
     parse_per_lane("--batch.keep", config.batch.keep, LANES, smallest=0)
+    parse_remat(config.batch.remat, LANES)

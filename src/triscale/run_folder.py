@@ -18,7 +18,7 @@ from triscale.config import RunConfig, read_config, refuse_changes, to_dict
 from triscale.errors import RunError, UsageError
 from triscale.evaluation.suite import Results
 from triscale.models.image import MEAN, STD
-from triscale.training.memory import LanePlan
+from triscale.training.plan import LanePlan
 from triscale.training.step import ContrastiveStep
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 from torch import device as Device
@@ -27,19 +29,20 @@ from triscale.assembly import (
     make_step,
     make_tokenizer,
     open_training_data,
+    prepare_towers,
+    step_batch_norm,
 )
 from triscale.config import LANES, RunConfig, validate
-from triscale.data.loader import BatchReader, batches
 from triscale.data.quarantine import Quarantine
+from triscale.data.rows import BatchReader
 from triscale.data.samples import Source
 from triscale.data.shards import ShardSource
-from triscale.errors import UsageError
+from triscale.errors import LostProcess, UsageError
 from triscale.evaluation.datasets import EvaluationSet, open_sets
 from triscale.evaluation.encoder import Encoder
-from triscale.evaluation.report import GuessRow, draw_guesses
-from triscale.evaluation.suite import Results, check_shifts, evaluate, results_table, write_results
-from triscale.evaluation.zeroshot import top_guesses
-from triscale.losses import InfoNCE
+from triscale.evaluation.suite import check_shifts, evaluate
+from triscale.feed import open_batches
+from triscale.losses.contrastive import ContrastiveLoss
 from triscale.models.dual_encoder import DualEncoder
 from triscale.run_folder import (
     Files,
@@ -53,15 +56,15 @@ from triscale.run_folder import (
     write_bytes,
     write_json,
 )
+from triscale.scores import headline, publish, show
 from triscale.training import checkpoint, memory, optim
+from triscale.training.host_memory import reuse_large_buffers
 from triscale.training.log import RunLog
 from triscale.training.loop import StopFlag, train
 from triscale.training.settings import parse_per_lane
 from triscale.training.step import ContrastiveStep
 from triscale.training.verify import verify
 
-PICTURE_IMAGES = 4
-"""Test images of each set in the picture of a run."""
 VERIFY_MICRO_BATCH = 16
 """What `verify_run` takes for "auto"."""
 VERIFY_DROPOUT = 0.1
@@ -78,7 +81,7 @@ class Run:
     source: Source
     reader: BatchReader
     model: DualEncoder
-    loss: InfoNCE
+    loss: ContrastiveLoss
     sets: Sequence[EvaluationSet]
     device: Device
     console: Console
@@ -95,16 +98,24 @@ class Run:
 
 
 def train_run(config: RunConfig, recipe: str) -> int:
-    """Train, or go on training, a run to its end and evaluate it. Returns the exit status: 0, 130 or 143."""
+    """Train, or go on training, a run to its end and evaluate it. Returns the exit status: 0, 130 or 143.
+
+    Raises:
+        UsageError: what was asked for cannot be.
+        RunError: the run cannot go on; LostProcess: another of its processes died or hangs. The last checkpoint stands.
+    """
     validate(config)
     files = Files(run_folder(config, recipe))
     device = device_of(config.train.device)
+    if device.type == "cpu":
+        reuse_large_buffers()
     console = Console(stderr=True, highlight=False, quiet=int(os.environ.get("RANK", "0")) > 0)
     check_model(config)
     source = open_training_data(config)
     sets = open_sets(config.data.eval, config.data.root)
     check_shifts(sets, config.data.shifts)
-    with distributed.process_group(device.type):
+    timeout = config.train.collective_timeout_seconds
+    with _advice(files.folder), distributed.process_group(device.type, timeout):
         open_run_folder(files, config, recipe)
         with locked(files.folder):
             tokenizer = make_tokenizer(config, source, files.tokenizer)
@@ -125,6 +136,18 @@ def train_run(config: RunConfig, recipe: str) -> int:
                 console=console,
             )
             return _go_on(run, tokenizer)
+
+
+@contextlib.contextmanager
+def _advice(folder: Path) -> Iterator[None]:
+    """Add to the one line about a lost process what is left of the run and how it goes on."""
+    try:
+        yield
+    except LostProcess as error:
+        saved = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
+        rest = f"checkpoint {saved[-1]} stands, and" if saved else "there is no checkpoint yet;"
+        place = "from there" if saved else "from the beginning"
+        raise LostProcess(f"{error}; {rest} the same command goes on {place}") from error
 
 
 def _go_on(run: Run, tokenizer: bytes) -> int:
@@ -161,18 +184,11 @@ def _train(run: Run, done: checkpoint.Checkpoint | None) -> int:
         optim.load_optimizer(optimizer, done.optimizer())
         step.load_state_dict({"steps": done.step})
         quarantine.load_state_dict(done.state["quarantine"])
-    rows = batches(
-        run.reader,
-        start=start * size,
-        batch_size=size,
-        rank=distributed.rank(),
-        world=distributed.world_size(),
-        workers=config.data.workers,
-        last=settings.steps * size,
-    )
+    rows, held = open_batches(config, run.reader, run.device, start)
     with StopFlag() as stop, _open_log(run) as log, contextlib.closing(rows):
         log.cut(start)
         _note_start(run, log, quarantine, step, start)
+        log.note(held)
         outcome = train(
             step=step,
             optimizer=optimizer,
@@ -183,6 +199,7 @@ def _train(run: Run, done: checkpoint.Checkpoint | None) -> int:
             batch_size=size,
             clip_norm=config.optim.clip_norm,
             after_step=run.loss.clamp_,
+            record=_recorder(run, step, log),
             save=partial(_save, run, optimizer, quarantine),
             checkpoint_every_steps=settings.checkpoint_every_steps,
             checkpoint_every_minutes=settings.checkpoint_every_minutes,
@@ -207,8 +224,31 @@ def _make_step(run: Run) -> ContrastiveStep:
         # Full rows of tokens: a text tower that skips padding takes its most memory on them.
         inputs = {"image": probe.images, "text": probe.tokens.clamp(min=1)}
         step.plans = step.resolve(inputs, rows=len(distributed.rows_of(run.config.batch.size)))
-        write_json(run.files.resolved, resolved(run.config, run.reader.tokenizer.vocabulary_size, step))
+        _write_resolved(run, step)
+    else:
+        step.recoveries += json.loads(run.files.resolved.read_text(encoding="utf-8")).get("recoveries", [])
     return step
+
+
+def _write_resolved(run: Run, step: ContrastiveStep) -> None:
+    """Write what the run became; its plans are those of the steps to come, wherever it goes on."""
+    values = resolved(run.config, run.reader.tokenizer.vocabulary_size, step)
+    write_json(run.files.resolved, {**values, "recoveries": step.recoveries})
+
+
+def _recorder(run: Run, step: ContrastiveStep, log: RunLog) -> Callable[[], None]:
+    """What notes, after a step, that it ran out of memory and how it goes on."""
+    noted = len(step.recoveries)
+
+    def record() -> None:
+        nonlocal noted
+        new, noted = step.recoveries[noted:], len(step.recoveries)
+        for line in new:
+            log.note(line)
+        if new:
+            _write_resolved(run, step)
+
+    return record
 
 
 def _open_log(run: Run) -> RunLog:
@@ -260,49 +300,17 @@ def _scores(run: Run, steps: int) -> dict[str, float]:
         return headline(evaluate(run.encoder, run.sets, run.config.data.shifts))
 
 
-def headline(results: Results) -> dict[str, float]:
-    """One number a set, for the log: top-1, or recall@1 of images."""
-    scores = {
-        name: float(result["top1"] if result["task"] == "classification" else result["text_to_image_recall@1"])
-        for name, result in results["sets"].items()
-    }
-    return scores if results["shift_mean"] is None else {**scores, "shift_mean": results["shift_mean"]}
-
-
 def finish(run: Run) -> None:
     """Evaluate a trained run: results.json, a picture of test images with their guesses, the table on stdout."""
     with evaluating(run.model):
-        results = evaluate(run.encoder, run.sets, run.config.data.shifts)
-        if distributed.rank() == 0:
-            write_results(run.files.results, results)
-            _draw(run, results)
-            show(run.files, results)
-
-
-def _draw(run: Run, results: Results) -> None:
-    """Draw some images of every classification set with the model's guesses; nothing where there is no such set."""
-    scale = math.exp(float(run.loss.logit_scale.detach()))
-    rows = [
-        GuessRow(
-            name=each.name,
-            note=f"top-1 {float(results['sets'][each.name]['top1']):.1%} of {len(each.classnames)} classes",
-            guesses=top_guesses(run.encoder, each, count=PICTURE_IMAGES, logit_scale=scale),
+        publish(
+            run.files,
+            evaluate(run.encoder, run.sets, run.config.data.shifts),
+            title=f"Triscale: {run.recipe}",
+            encoder=run.encoder,
+            sets=run.sets,
+            logit_scale=math.exp(float(run.loss.logit_scale.detach())),
         )
-        for each in run.sets
-        if each.task == "classification"
-    ]
-    if rows:
-        draw_guesses(run.files.picture, f"Triscale: {run.recipe}", rows)
-
-
-def show(files: Files, results: Results) -> None:
-    """Print the table, and where it and the picture are."""
-    if distributed.rank() != 0:
-        return
-    console = Console(highlight=False)
-    console.print(results_table(results))
-    written = [path for path in (files.results, files.picture) if path.exists()]
-    console.print("  ".join(str(path) for path in written), markup=False, soft_wrap=True)
 
 
 def verify_run(config: RunConfig) -> dict[str, float]:
@@ -330,6 +338,7 @@ def verify_run(config: RunConfig) -> dict[str, float]:
         {"image": batch.images, "text": batch.tokens},
         batch.ids,
         micro_batch={lane: min(size, math.ceil(rows / 3)) for lane, size in sizes.items()},
-        batch_norm=config.batch.batch_norm,
+        batch_norm=step_batch_norm(config),
         seed=config.seed,
+        prepare=partial(prepare_towers, config),
     )

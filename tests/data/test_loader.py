@@ -3,74 +3,38 @@
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterable
+import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
-import triscale.data.loader as loader
+from pictures import SETTINGS, Pictures, assert_equal, joined, make_reader
+from triscale.config import RunConfig
+from triscale.data import loader, rows
 from triscale.data.augment import Augmentation
-from triscale.data.loader import Batch, BatchReader, batches, open_source, require_batch
+from triscale.data.loader import batches, open_source, require_batch, rows_in_flight
 from triscale.data.order import Order
-from triscale.data.samples import BadSample, Sample
-from triscale.data.settings import AugmentSettings, DataSettings
-from triscale.data.text import Tokenizer, train_tokenizer
+from triscale.data.rows import Batch, BatchReader, Row, StreamedBatch
+from triscale.data.samples import Sample
 from triscale.errors import RunError, UsageError
-
-NAMES = ["red circle", "blue square", "green star", "white heart"]
-SETTINGS = DataSettings(
-    image_size=12,
-    canvas=16,
-    tokens=12,
-    caption_fields=("txt", "json:title"),
-    caption_templates=("{c}", "a photo of a {c}"),
-    caption_part_dropout=0.5,
-    ids="caption",
-    augment=AugmentSettings(zoom=(0.8, 1.25)),
-)
-
-
-class Pictures:
-    """A source of PNG pictures, some of which are bad or cannot be read."""
-
-    def __init__(self, size: int = 60, bad: Iterable[int] = (), unreadable: Iterable[int] = ()) -> None:
-        self.name = "pictures"
-        self.size = size
-        self.bad = frozenset(bad)
-        self.unreadable = frozenset(unreadable)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def read(self, index: int, *, image: bool = True) -> Sample:
-        if index in self.unreadable:
-            raise OSError("the disk is gone")
-        if index in self.bad and index % 2:
-            raise BadSample("image-too-large")
-        pixels = np.random.default_rng(index).integers(0, 256, (20, 14 + index % 9, 3), dtype=np.uint8)
-        image: bytes | np.ndarray = pixels
-        if index % 3:
-            file = io.BytesIO()
-            Image.fromarray(pixels).save(file, "png")
-            image = file.getvalue()
-        if index in self.bad:
-            image = b"\x89PNG\r\n\x1a\n and no more"
-        name = NAMES[index % len(NAMES)]
-        return Sample(
-            key=f"k{index}", image=image, text=f"{name}, shape, {index}".encode(), metadata=b'{"title": "it"}'
-        )
+from triscale.models.settings import ModelSettings
+from triscale.runs import train_run
+from triscale.training.settings import BatchSettings, MemorySettings, OptimSettings, RunSettings, TrainSettings
 
 
 class Stuck(Pictures):
@@ -92,35 +56,10 @@ class Stuck(Pictures):
         return super().read(index)
 
 
-def make_reader(source: Pictures | None = None, settings: DataSettings = SETTINGS, seed: int = 3) -> BatchReader:
-    sources = [source or Pictures()]
-    tokenizer = Tokenizer(train_tokenizer([*NAMES, "a photo of it, shape 0123456789"], 60), settings.tokens)
-    order = Order([len(source) for source in sources], seed=seed)
-    return BatchReader(sources, order, tokenizer, Augmentation(settings.augment, settings.image_size), settings, seed)
-
-
-def joined(parts: list[Batch]) -> Batch:
-    return Batch(
-        images=torch.cat([part.images for part in parts]),
-        tokens=torch.cat([part.tokens for part in parts]),
-        ids=torch.cat([part.ids for part in parts]),
-        position=parts[0].position,
-        bad=tuple(record for part in parts for record in part.bad),
-    )
-
-
-def assert_equal(batch: Batch, other: Batch) -> None:
-    assert torch.equal(batch.images, other.images)
-    assert torch.equal(batch.tokens, other.tokens)
-    assert torch.equal(batch.ids, other.ids)
-    assert batch.position == other.position
-    assert batch.bad == other.bad
-
-
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "PIECE_ROWS", 4)
-    monkeypatch.setattr(loader, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(rows, "RETRY_SECONDS", (0.0, 0.0, 0.0))
 
 
 def test_a_batch_is_the_same_whatever_the_number_of_workers(small_pieces: None):
@@ -132,27 +71,6 @@ def test_a_batch_is_the_same_whatever_the_number_of_workers(small_pieces: None):
         assert len(made) == 7
         for batch, literal in zip(made, expected, strict=True):
             assert_equal(batch, literal)
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_images_are_decoded_once_where_all_can_be_kept_and_rows_are_the_same(
-    kept: bool, monkeypatch: pytest.MonkeyPatch
-):
-    class Counting(Pictures):
-        images = 0
-
-        def read(self, index: int, *, image: bool = True) -> Sample:
-            self.images += image
-            sample = super().read(index)
-            return sample if image else replace(sample, image=b"")
-
-    monkeypatch.setattr(loader, "CACHE_BYTES", 60 * 3 * 16**2 - (not kept))
-    source = Counting()
-    reader = make_reader(source)
-    first, again = (reader(range(0, 120)) for _ in range(2))
-    assert source.images == (60 if kept else 240)
-    assert_equal(again, first)
-    assert_equal(make_reader()(range(0, 120)), first)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -183,61 +101,6 @@ def test_batches_end_before_the_last_position_or_never():
     assert list(batches(reader, start=24, batch_size=6, last=3)) == []
     endless = batches(reader, start=0, batch_size=6)
     assert [batch.position for batch in islice(endless, 30)][-1] == 174
-
-
-def test_rows_depend_on_seed_and_position_and_on_nothing_else():
-    reader = make_reader()
-    whole = reader(range(30, 50))
-    assert_equal(joined([reader(range(p, p + 1)) for p in range(30, 50)]), whole)
-    assert not torch.equal(make_reader(seed=4)(range(30, 50)).images, whole.images)
-    later = reader(range(30 + 60, 50 + 60))  # the next epoch
-    assert not torch.equal(later.images, whole.images)
-
-
-def test_the_same_sample_is_drawn_with_other_augmentation_and_caption_at_another_position():
-    reader = make_reader(Pictures(size=1))
-    batch = reader(range(40))
-    assert len({image.numpy().tobytes() for image in batch.images}) == 40
-    assert len({row.numpy().tobytes() for row in batch.tokens}) > 3
-
-
-def test_bad_samples_are_replaced_and_recorded_in_order():
-    bad = range(0, 60, 3)
-    batch = make_reader(Pictures(bad=bad))(range(60))
-    literal = []
-    order = Order([60], seed=3)
-    for position in range(60):
-        index, attempt = order[position][1], 0
-        while index in bad:
-            named = index % 2 == 0  # else its key could not be read either
-            literal.append((f"k{index}", "image-truncated") if named else (f"#{index}", "image-too-large"))
-            attempt += 1
-            index = order.replacement(position, attempt)[1]
-    assert [(record.key, record.reason) for record in batch.bad] == literal
-    assert {record.source for record in batch.bad} == {"pictures"}
-    assert len(batch.images) == 60
-
-
-def test_a_source_of_bad_samples_alone_ends_the_run_instead_of_turning_for_ever():
-    with pytest.raises(RunError, match="pictures: 32 bad samples in a row.*: image-too-large, image-truncated"):
-        make_reader(Pictures(bad=range(60)))(range(1))
-
-
-def test_a_read_that_fails_is_tried_again_and_then_named(small_pieces: None):
-    class Flaky(Pictures):
-        failures = 0
-
-        def read(self, index: int, *, image: bool = True) -> Sample:
-            self.failures += 1
-            if self.failures % 4:
-                raise OSError("timed out")
-            return super().read(index)
-
-    flaky = Flaky()
-    assert_equal(make_reader(flaky)(range(5)), make_reader()(range(5)))
-    assert flaky.failures == 20
-    with pytest.raises(RunError, match=r"pictures: sample #\d+ could not be read in 4 tries: the disk is gone"):
-        make_reader(Pictures(unreadable=range(60)))(range(1))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -275,22 +138,6 @@ def test_batches_take_nothing_from_the_default_generator():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_ids_follow_the_settings():
-    reader = make_reader()
-    captions = reader(range(60)).ids
-    assert captions.min() >= 0
-    assert 1 < len(captions.unique()) < 60
-    unique = make_reader(settings=replace(SETTINGS, ids="none"))(range(8)).ids
-    assert (unique == -1).all()
-    with pytest.raises(RunError, match="label-missing"):
-        make_reader(settings=replace(SETTINGS, ids="label"))(range(8))
-
-
-def test_templates_do_not_part_positives():
-    one_caption = replace(SETTINGS, caption_fields=("json:title",))
-    assert len(make_reader(settings=one_caption)(range(60)).ids.unique()) == 1
-
-
 def test_a_batch_of_fewer_rows_than_processes_is_refused():
     with pytest.raises(UsageError, match="raise --batch.size"):
         batches(make_reader(), start=0, batch_size=2, rank=0, world=3)
@@ -310,17 +157,22 @@ def test_sources_are_opened_by_what_they_are_called(tmp_path: Path):
         open_source("absent/*.tar", str(tmp_path))
 
 
-def test_shards_make_the_same_batches_in_workers_and_list_their_bad_samples(tmp_path: Path, small_pieces: None):
-    pictures = Pictures(size=20)
-    with tarfile.open(tmp_path / "00000.tar", "w") as shard:
-        for index in range(20):
+def write_shard(path: Path, samples: int, bad: Sequence[int]) -> None:
+    """Pictures with captions as a tar shard, the samples numbered in `bad` without an image that can be read."""
+    pictures = Pictures(size=samples)
+    with tarfile.open(path, "w") as shard:
+        for index in range(samples):
             sample = pictures.read(index if index % 3 else index + 1)
-            image = sample.image if index != 7 else b"not an image"
+            image = b"not an image" if index in bad else sample.image
             assert isinstance(image, bytes) and sample.text
             for name, content in ((f"{index:03}.png", image), (f"{index:03}.txt", sample.text)):
                 entry = tarfile.TarInfo(name)
                 entry.size = len(content)
                 shard.addfile(entry, io.BytesIO(content))
+
+
+def test_shards_make_the_same_batches_in_workers_and_list_their_bad_samples(tmp_path: Path, small_pieces: None):
+    write_shard(tmp_path / "00000.tar", 20, bad=[7])
     source = open_source("*.tar", str(tmp_path))
     tokenizer = make_reader().tokenizer
     order = Order([len(source)], seed=0)
@@ -332,21 +184,113 @@ def test_shards_make_the_same_batches_in_workers_and_list_their_bad_samples(tmp_
     assert bad == {("007", "image-unreadable")}
 
 
-def test_drawn_scenes_make_batches_too():
-    reader = make_reader()
-    scenes = open_source("scenes", "")
-    settings = DataSettings(image_size=24, tokens=8)
-    order = Order([len(scenes)], seed=0)
-    tokenizer = Tokenizer(reader.tokenizer.model, 8)
-    batch = BatchReader([scenes], order, tokenizer, Augmentation(settings.augment, 24), settings, 0)(range(4))
-    assert batch.images.shape == (4, 3, 24, 24)
-    assert batch.bad == ()
+@pytest.mark.parametrize("world", [1, 3])
+def test_streamed_batches_are_those_that_are_held(world: int, small_pieces: None):
+    reader = make_reader(Pictures(bad=range(0, 60, 5)))
+    for rank in range(world):
+        kind = {"start": 20, "batch_size": 11, "rank": rank, "world": world, "last": 64}
+        held, streamed = (list(batches(reader, held=held, **kind)) for held in (True, False))
+        assert len(held) == len(streamed) == 4
+        for batch, other in zip(held, streamed, strict=True):
+            assert isinstance(batch, Batch) and isinstance(other, StreamedBatch)
+            columns = other.images[0 : len(batch.ids)], other.tokens[0 : len(batch.ids)], other.ids[0 : len(batch.ids)]
+            images, tokens, ids = columns
+            assert_equal(Batch(images=images, tokens=tokens, ids=ids, position=other.position, bad=other.bad), batch)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_holds_on_to_a_batch_while_the_next_is_made(workers: int, small_pieces: None):
+    made = batches(make_reader(), start=0, batch_size=10, workers=workers)
+    batch = next(made)
+    images = weakref.ref(batch.images)
+    del batch
+    assert images() is None
+    made.close()
+
+
+def test_rows_in_flight_bound_what_workers_make_ahead(small_pieces: None):
+    assert rows_in_flight(10, workers=0) == 10 + 2 * 4  # pieces of 4 rows at most: one made, one copied
+    assert rows_in_flight(10, workers=1) == 10 + (2 + 6 + 2) * 4
+
+
+def run_config(folder: Path, name: str, **memory: float) -> RunConfig:
+    """A run of four steps over shards of which a tenth is bad, with BatchNorm, dropout and kept micro-batches."""
+    return RunConfig(
+        run=RunSettings(dir=str(folder / name)),
+        data=replace(
+            SETTINGS, root=str(folder), train="*.tar", image_size=24, canvas=24, vocabulary=60, max_bad=0.5, workers=0
+        ),
+        model=ModelSettings(
+            image="resnet10t",
+            image_options='{"channels": [8, 8, 8, 8], "stem_width": 8}',
+            text_width=16,
+            text_layers=1,
+            text_heads=2,
+            embedding=8,
+            dropout=0.1,
+        ),
+        batch=BatchSettings(size=48, micro="image=4,text=16", keep="1", batch_norm="per_micro_batch"),
+        memory=MemorySettings(**memory),
+        optim=OptimSettings(warmup_steps=1),
+        train=TrainSettings(steps=4, checkpoint_every_steps=2, device="cpu"),
+    )
+
+
+def outcome(folder: Path) -> tuple[dict[str, Tensor], set[str], dict[str, object]]:
+    """Weights and buffers, the quarantine's lines and its counts."""
+    newest = folder / "checkpoints" / "step_00000004"
+    lines = (folder / "quarantine.jsonl").read_text().splitlines()
+    assert len(lines) == len(set(lines))
+    weights = {name: tensor.clone() for name, tensor in load_file(newest / "model.safetensors").items()}
+    return weights, set(lines), json.loads((newest / "state.json").read_text())["quarantine"]
+
+
+def assert_same_outcome(folder: Path, other: Path) -> None:
+    (weights, lines, counts), (expected, its_lines, its_counts) = outcome(folder), outcome(other)
+    assert weights.keys() == expected.keys()
+    assert not [name for name in weights if not torch.equal(weights[name], expected[name])]
+    assert lines == its_lines and counts == its_counts and len(lines) > 3
+
+
+def test_a_run_whose_batches_do_not_fit_the_host_ends_as_one_that_holds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """Bitwise the same weights and the same quarantine, with the images of three micro-batches in memory at most."""
+    write_shard(tmp_path / "00000.tar", 120, bad=range(0, 120, 10))
+    monkeypatch.setattr(rows, "CACHE_BYTES", 0)
+    live: list[int] = []
+    peaks: dict[str, int] = {}
+    name = ""
+    original = BatchReader.images
+
+    def images(reader: BatchReader, made: Sequence[Row]) -> Tensor:
+        tensor = original(reader, made)
+        live.append(len(made))
+        peaks[name] = max(peaks.get(name, 0), sum(live))
+        weakref.finalize(tensor, live.remove, len(made))
+        return tensor
+
+    monkeypatch.setattr(BatchReader, "images", images)
+    for name, gib in (("held", 1.0), ("streamed", 1e-5)):
+        assert train_run(run_config(tmp_path, name, host_gib=gib), "toy") == 0
+        said = capfd.readouterr().err
+        assert ("images are read again in each pass" in said) == (name == "streamed")
+        assert ("images of whole batches are held" in said) == (name == "held")
+    assert_same_outcome(tmp_path / "streamed", tmp_path / "held")
+    assert peaks["streamed"] <= 3 * 4 < 48 <= peaks["held"]
+
+    # What one began holding its batches another ends reading them again.
+    name = "resumed"
+    shutil.copytree(tmp_path / "held", tmp_path / name)
+    shutil.rmtree(tmp_path / name / "checkpoints" / "step_00000004")
+    assert train_run(run_config(tmp_path, name, host_gib=1e-5), "toy") == 0
+    assert_same_outcome(tmp_path / name, tmp_path / "held")
 
 
 SIGNALLED = """
 import os, signal, sys
 sys.path.insert(0, {folder!r})
-from test_loader import make_reader
+from pictures import make_reader
 from triscale.data.loader import batches
 if __name__ == "__main__":
     stopped = []
@@ -364,7 +308,7 @@ if __name__ == "__main__":
 
 def test_workers_outlive_a_signal_to_the_process_group_but_not_the_training_process(tmp_path: Path):
     script = tmp_path / "signalled.py"
-    script.write_text(SIGNALLED.format(folder=str(Path(__file__).parent)))
+    script.write_text(SIGNALLED.format(folder=str(Path(__file__).parents[1])))
     # Returns when the last process that has its output is gone: the workers too.
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, start_new_session=True, timeout=60

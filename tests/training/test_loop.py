@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ranks import run_ranks
 from triscale import distributed
-from triscale.data.loader import Batch
 from triscale.data.quarantine import BadRecord, Quarantine
-from triscale.errors import RunError
+from triscale.data.rows import Batch
+from triscale.errors import LostProcess, RunError
 from triscale.training import checkpoint
 from triscale.training.log import RunLog
 from triscale.training.loop import Outcome, StopFlag, train
@@ -44,6 +44,10 @@ class Step:
         images, text = inputs["image"].float() / 255, inputs["text"].float() / 10
         loss = (self.model(images.flatten(1)) - text).square().mean()
         fault = self.faults.get(self.number)
+        if fault == "lost":
+            raise LostProcess("process 0 of 2 lost contact with the others")
+        if fault == "failed":
+            raise RunError("shard 3 could not be read")
         if fault == "loss":
             return StepOutput(loss.detach() * math.nan, {"logit_scale": 10.0})
         loss.backward()
@@ -117,6 +121,7 @@ class Run:
             "batch_size": ROWS,
             "clip_norm": 1.0,
             "after_step": self.clamp,
+            "record": lambda: None,
             "save": self.save,
             "checkpoint_every_steps": 5,
             "checkpoint_every_minutes": 0.0,
@@ -297,12 +302,52 @@ def test_unreadable_data_ends_the_run_with_a_checkpoint_of_what_was_done(tmp_pat
     assert again.saved == []
 
 
+def test_a_step_that_fails_ends_the_run_with_a_checkpoint_of_the_last_good_one(tmp_path: Path) -> None:
+    """As a batch that is read in the step does, when its source fails."""
+    run = Run(tmp_path)
+    run.step.faults = {8: "failed"}
+    with pytest.raises(RunError, match="shard 3"):
+        run.train()
+    assert run.saved == [5, 7] and steps_logged(tmp_path) == list(range(1, 8))
+
+
+def test_no_checkpoint_is_tried_after_a_process_was_lost(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.step.faults = {8: "lost"}
+    with pytest.raises(LostProcess, match="lost contact"):
+        run.train()
+    assert run.saved == [5]
+
+
+def test_what_is_recorded_is_recorded_after_every_step(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.step.faults = {4: "loss"}
+    recorded: list[int] = []
+    run.train(record=lambda: recorded.append(run.step.number))
+    assert recorded == list(range(1, 13))
+
+
+def test_a_record_that_cannot_be_written_ends_the_run_with_a_checkpoint_of_the_step(tmp_path: Path) -> None:
+    def full() -> None:
+        if run.step.number == 7:
+            raise RunError("No space left on device")
+
+    run = Run(tmp_path)
+    with pytest.raises(RunError, match="No space"):
+        run.train(record=full)
+    assert run.saved == [5, 7]
+
+
 def test_too_many_bad_samples_end_the_run_with_counts(tmp_path: Path) -> None:
     record = BadRecord(source="train", key="1", reason="image-unreadable")
     run = Run(tmp_path, total_steps=1000)
     with pytest.raises(RunError, match="image-unreadable"):
         run.train(batches=(batch_at(step * ROWS, (record,)) for step in range(1000)), checkpoint_every_steps=0)
+    # The step that counted them is done and saved with its counts, so that going on counts nothing twice.
     assert len(run.saved) == 1 and run.saved[0] == len(run.metrics()) < 1000
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None and newest.state["quarantine"]["bad"] == run.quarantine.bad
+    assert run.quarantine.drawn == (ROWS + 1) * newest.step
 
 
 def test_a_full_disk_ends_the_run_in_one_line(tmp_path: Path) -> None:
@@ -319,6 +364,18 @@ def test_handlers_are_put_back_after_the_context() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_after_a_lost_process_the_launchers_signal_does_not_cut_off_what_is_said() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(LostProcess), StopFlag() as stop:
+            raise LostProcess("process 0 of 2 lost contact with the others")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM, "the process goes on to its message"
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
 
 
 SIGNALS = """
@@ -431,9 +488,13 @@ def disturbed_rank(rank: int, world: int, folder: str, what: str) -> dict[str, A
             bad = (BadRecord(source="train", key=key, reason="image-empty"),) if what == "bad" and rank == 1 else ()
             yield batch_at(batch.position, bad)
 
+    def record() -> None:
+        if what == "record" and rank == 0 and run.step.number == 6:
+            raise RunError("No space left on device")
+
     message, outcome = "", None
     try:
-        outcome = run.train(batches=batches())
+        outcome = run.train(batches=batches(), record=record)
     except RunError as error:
         message = str(error)
     distributed.barrier()
@@ -449,7 +510,7 @@ def disturbed_rank(rank: int, world: int, folder: str, what: str) -> dict[str, A
 def several(rank: int, world: int, folder: str) -> dict[str, dict[str, Any]]:
     """All disturbances in one spawn."""
     results = {}
-    for what in ("signal", "data", "bad"):
+    for what in ("signal", "data", "bad", "record"):
         path = Path(folder) / what
         path.mkdir(exist_ok=True)
         distributed.barrier()
@@ -467,6 +528,9 @@ def test_what_one_rank_meets_with_all_ranks_agree_on(tmp_path: Path) -> None:
     assert first["data"]["newest"] == second["data"]["newest"] == 4
     # Bad samples of rank 1 count on both.
     assert first["bad"]["bad"] == second["bad"]["bad"] == {"image-empty": 12}
-    for what in ("signal", "data", "bad"):
+    # What rank 0 alone could not write ends both after the same step.
+    assert "No space" in first["record"]["message"] and "another process" in second["record"]["message"]
+    assert first["record"]["newest"] == 6
+    for what in ("signal", "data", "bad", "record"):
         steps = steps_logged(tmp_path / what)
         assert steps == list(range(1, len(steps) + 1)), "rank 0 alone logs"

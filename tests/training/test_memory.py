@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from triscale.training.memory import activation_bytes, auto_keep, auto_micro_batch, default_budget_bytes
+from triscale.models.text import TextTower
+from triscale.training.memory import activation_bytes, default_budget_bytes
+from triscale.training.plan import ActivationBytes, auto_keep, auto_micro_batch
 
 
 def test_each_storage_counts_once_and_parameters_and_inputs_never() -> None:
@@ -28,7 +30,7 @@ def test_bytes_are_the_same_on_the_meta_device() -> None:
 def test_auto_never_promises_more_than_the_budget() -> None:
     for budget in (0, 10**3, 10**6, 10**9):
         for row_bytes in (10.0, 10.0**4):
-            micro_batch = auto_micro_batch(row_bytes, 512, budget, "cpu")
+            micro_batch = auto_micro_batch(ActivationBytes(50.0, row_bytes), 512, budget, "cpu")
             keep = auto_keep(row_bytes * micro_batch, -(-512 // micro_batch), budget)
             assert 1 <= micro_batch <= 64
             if keep:
@@ -39,3 +41,14 @@ def test_the_default_budget_is_below_what_the_host_has() -> None:
     import psutil
 
     assert 0 < default_budget_bytes(torch.device("cpu")) < psutil.virtual_memory().total
+
+
+def test_attention_on_the_meta_device_counts_as_the_fused_kernels_do() -> None:
+    """Not as torch writes it out there, with the scores of all pairs of tokens."""
+    counted = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            tower = TextTower(vocabulary=50, tokens=24, width=16, layers=2, heads=2, embedding=8)
+            tokens = torch.ones(4, 24, dtype=torch.int64)
+        counted.append(activation_bytes(tower, lambda tower=tower, tokens=tokens: tower(tokens), tokens))
+    assert counted[0] == counted[1]

@@ -202,6 +202,22 @@ def test_a_frozen_tower_goes_through_once_and_gets_no_gradient() -> None:
     assert all(p.grad is not None for p in towers["text"].parameters())
 
 
+def test_a_frozen_tower_runs_in_evaluation_mode_and_stays_in_training_mode() -> None:
+    """No dropout, no new BatchNorm statistics; and BatchNorm is refused only where it trains."""
+    inputs, _ = inputs_of(12, torch.float64)
+    towers = {"image": reference.BatchNormTower().double(), "text": reference.DropoutTower(dropout=0.9).double()}
+    towers["image"].requires_grad_(False)
+    seen: list[Tensor] = []
+    towers["image"].register_forward_hook(lambda *results: seen.append(results[-1]))
+    before = [b.clone() for b in towers["image"].buffers()]
+    step = ContrastiveStep(towers, InfoNCE().double(), micro_batch=4, keep=0)
+    step(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(towers["image"].buffers(), before, strict=True))
+    assert all(module.training for module in towers["image"].modules())
+    towers["image"].eval()
+    assert torch.equal(torch.cat(seen), towers["image"](inputs["image"]))
+
+
 def test_what_is_kept_is_not_embedded_again() -> None:
     inputs, _ = inputs_of(12, torch.float64)
     towers = towers_of(reference.DropoutTower, torch.float64)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import Tensor
 
 import reference
-from triscale.losses import InfoNCE
+from triscale.losses import InfoNCE, NTXent, Sigmoid
+from triscale.losses.contrastive import ContrastiveLoss
+from triscale.training.remat import rematerialise
 from triscale.training.verify import relative_errors, verify
 
 LANES = ("image", "text")
@@ -33,6 +37,37 @@ def test_the_step_is_exact_in_float64_with_dropout_and_stochastic_depth(kind: ty
     assert "loss.logit_scale" in errors and len(errors) > 10
     assert max(errors.values()) < 1e-10
     assert all(parameter.grad is None for tower in towers.values() for parameter in tower.parameters())
+
+
+@pytest.mark.parametrize("mode", ["block", "selective"])
+@pytest.mark.parametrize(
+    "loss", [InfoNCE(), InfoNCE(tiled=False), Sigmoid(batch_size=23), NTXent(learn_temperature=True)]
+)
+def test_every_loss_is_held_against_its_dense_form_and_rematerialised_towers_against_bare_ones(
+    loss: ContrastiveLoss, mode: str
+) -> None:
+    lanes = LANES[:1] if isinstance(loss, NTXent) else LANES
+    towers = {lane: torch.nn.Sequential(torch.nn.Linear(6, 6), reference.DropoutTower()) for lane in lanes}
+    form = loss.takes_local_rows
+
+    def prepare(towers: Mapping[str, torch.nn.Module]) -> None:
+        for tower in towers.values():
+            rematerialise(tower, mode)
+
+    inputs = {lane: rows for lane, rows in inputs_of(22).items() if lane in lanes}
+    errors = verify(
+        towers,
+        loss,
+        inputs,
+        torch.arange(22 // loss.views) // 2,
+        micro_batch=dict.fromkeys(lanes, 4),
+        batch_norm="refuse",
+        seed=3,
+        prepare=prepare,
+    )
+    assert {f"loss.{name}" for name, _ in loss.named_parameters()} < set(errors)
+    assert max(errors.values()) < 1e-10
+    assert loss.takes_local_rows == form
 
 
 def test_a_tower_with_random_numbers_of_its_own_is_found_out() -> None:

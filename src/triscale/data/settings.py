@@ -80,6 +80,7 @@ class DataSettings:
     """What makes two samples of a batch positives of each other: nothing, an equal `.cls`, or an equal caption."""
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     workers: int = 1
-    """Processes that read, decode and augment; 0: the training process does it itself."""
+    """Processes that read, decode and augment; 0: the training process does it itself, and whenever a batch is too
+    large to be held (see memory.host_gib)."""
     max_bad: float = 0.05
     """Largest fraction of bad samples before the run stops."""

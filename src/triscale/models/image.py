@@ -14,6 +14,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from triscale.errors import UsageError
+from triscale.models.normalisation import convert_batch_norm
 from triscale.models.settings import ModelSettings
 
 MEAN: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
@@ -92,7 +93,10 @@ def build_image_tower(settings: ModelSettings, image_size: int) -> ImageTower:
     with torch.device("meta"):
         options |= _architecture_options(_create(name, options), settings, image_size)
         features = _feature_width(_create(name, options), name, image_size)
-    return ImageTower(_create(name, options), features=features, embedding=settings.embedding, dropout=settings.dropout)
+    backbone = _create(name, options)
+    if settings.batch_norm == "convert":
+        backbone = convert_batch_norm(backbone)
+    return ImageTower(backbone, features=features, embedding=settings.embedding, dropout=settings.dropout)
 
 
 def _parse_options(text: str) -> dict[str, Any]:

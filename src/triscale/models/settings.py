@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +14,8 @@ class ModelSettings:
     """Any timm model name."""
     image_options: str = "{}"
     """Keyword arguments of timm.create_model, as JSON."""
+    batch_norm: Literal["keep", "convert"] = "keep"
+    """BatchNorm of the image tower: as it is, or converted to GroupNorm, which knows no batch."""
     text_width: int = 256
     """Width of the text transformer."""
     text_layers: int = 4

@@ -48,9 +48,14 @@ class Packing(NamedTuple):
 
 
 def pack_tokens(tokens: Int[Tensor, "m l"]) -> Packing:
-    """Pack what is not padding; a row of nothing but padding counts as full, so that its embedding is finite."""
+    """Pack what is not padding; a row of nothing but padding counts as full, so that its embedding is finite.
+
+    On the meta device every token counts as real: the most that a batch of this shape can take.
+    """
     real = tokens != PAD
     attended = real | ~real.any(dim=1, keepdim=True)
+    if tokens.is_meta:
+        return Packing(attended, torch.arange(tokens.numel(), device=tokens.device))
     return Packing(attended, attended.flatten().nonzero().squeeze(1))
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from triscale import distributed
 from triscale.randomness import derive_seed
-from triscale.training.memory import LanePlan
+from triscale.training import parallel
 
 Rows = Any
 """A lane's inputs: anything with len() and [a:b], such as a tensor, an array, a memory map, a view that decodes."""
@@ -22,10 +23,18 @@ COMPARED_COLUMNS = 8
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Run with torch's default generators seeded, and put them back afterwards."""
-    on_host = device.type in ("cpu", "meta")
-    with torch.random.fork_rng([] if on_host else [device], device_type="cuda" if on_host else device.type):
-        torch.manual_seed(seed)
+    if device.type not in ("cpu", "meta"):
+        with torch.random.fork_rng([device], device_type=device.type):
+            torch.manual_seed(seed)
+            yield
+        return
+    # torch.manual_seed would format a stack trace for every kind of device that is not in use: 0.5 ms each time.
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
         yield
+    finally:
+        torch.default_generator.set_state(state)
 
 
 def split_evenly(rows: int, parts: int) -> list[slice]:
@@ -40,16 +49,38 @@ def device_of(tower: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
+def is_trainable(tower: nn.Module) -> bool:
+    """Whether any parameter is; a tower without one is frozen."""
+    return any(parameter.requires_grad for parameter in tower.parameters())
+
+
+@contextmanager
+def evaluation_mode(tower: nn.Module) -> Iterator[None]:
+    """Run with every module in evaluation mode; those that were training are so again afterwards."""
+    training = [module for module in tower.modules() if module.training]
+    tower.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class Lane:
     """One tower with its inputs, its partition and its embeddings, for the length of one step.
+
+    A tower without a trainable parameter is frozen: it runs in evaluation mode, once, and nothing is kept.
 
     Args:
         name: of the lane.
         tower: rows -> (m, d).
         inputs: this rank's b rows.
-        first_row: place of the first of them in the contrastive batch.
+        parts: its micro-batches, consecutive slices of the rows.
+        keep: how many of the last ones keep their activations.
+        first_row: place of the first row in the contrastive batch.
         seed: words that seed the tower's random numbers, together with lane and row.
         autocast_dtype: arithmetic of the tower; None: as it is.
+        reduce: when a sharded tower reduces its gradients over ranks, with every micro-batch or "once".
     """
 
     def __init__(
@@ -58,44 +89,61 @@ class Lane:
         tower: nn.Module,
         inputs: Rows,
         *,
+        parts: Sequence[slice],
+        keep: int,
         first_row: int,
         seed: tuple[int, int],
         autocast_dtype: torch.dtype | None,
+        reduce: Literal["every", "once"],
     ) -> None:
-        self.name, self.tower, self.inputs, self.first_row = name, tower, inputs, first_row
-        self.seed, self.autocast_dtype = seed, autocast_dtype
+        self.name, self.tower, self.inputs, self.parts, self.first_row = name, tower, inputs, parts, first_row
+        self.seed, self.autocast_dtype, self.reduce = seed, autocast_dtype, reduce
         self.device = device_of(tower)
-        self.trainable = any(p.requires_grad for p in tower.parameters())
-        self.parts: list[slice] = []
-        self.kept: dict[int, Tensor] = {}
+        self.trainable = is_trainable(tower)
+        self.sharded = parallel.is_sharded(tower)
+        self.first_kept = max(0, len(parts) - keep) if self.trainable else len(parts)
+        self.kept: list[Tensor] = []
         self.embeddings: Tensor | None = None
         self.seen = torch.empty(0)
-        self.replay_error = 0.0
+        self.differences: list[Tensor] = []
 
-    def embed(self, rows: slice) -> Tensor:
-        """Tower outputs (m, d) of `rows`, in float32 or better, under the random numbers that are theirs."""
-        inputs = self.inputs[rows]
-        inputs = inputs if isinstance(inputs, Tensor) else torch.as_tensor(inputs)
+    def embed(self, inputs: Tensor, rows: slice) -> Tensor:
+        """Tower outputs (m, d) of `inputs`, in float32 or better, under the random numbers of `rows`."""
         seed = derive_seed("tower", *self.seed, self.name, self.first_row + rows.start)
         dtype = self.autocast_dtype
         with seeded(seed, self.device), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            output = self.tower(inputs.to(self.device, non_blocking=True))
+            output = self.tower(inputs)
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
-    def first_pass(self, plan: LanePlan, largest_rows: int) -> None:
-        """Embed all rows, the last `plan.keep` micro-batches with a graph."""
-        self.parts = split_evenly(len(self.inputs), math.ceil(largest_rows / plan.micro_batch))
-        first_kept = len(self.parts) - plan.keep if self.trainable else len(self.parts)
-        for index, rows in enumerate(self.parts):
-            with torch.set_grad_enabled(index >= first_kept):
-                output = self.embed(rows)
-            if index >= first_kept:
-                self.kept[index] = output
-            if self.embeddings is None:
-                self.embeddings = torch.empty(
-                    (len(self.inputs), *output.shape[1:]), dtype=output.dtype, device=output.device
-                )
-            self.embeddings[rows] = output.detach()
+    def read(self, rows: slice) -> Tensor:
+        """The inputs of `rows`, where the tower is."""
+        inputs = self.inputs[rows]
+        inputs = inputs if isinstance(inputs, Tensor) else torch.as_tensor(inputs)
+        return inputs.to(self.device, non_blocking=True)
+
+    def _read_ahead(self, order: Sequence[slice]) -> Iterator[Tensor]:
+        """The inputs of each of `order`; each is read and moved while the one before it goes through the tower."""
+        if len(order) < 2 or (isinstance(self.inputs, Tensor) and self.inputs.device == self.device):
+            yield from map(self.read, order)
+            return
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            following = reader.submit(self.read, order[0])
+            for rows in order[1:]:
+                inputs, following = following.result(), reader.submit(self.read, rows)
+                yield inputs
+            yield following.result()
+
+    def first_pass(self) -> None:
+        """Embed all rows, the last `keep` micro-batches with a graph."""
+        with nullcontext() if self.trainable else evaluation_mode(self.tower):
+            for index, (rows, inputs) in enumerate(zip(self.parts, self._read_ahead(self.parts), strict=True)):
+                with torch.set_grad_enabled(index >= self.first_kept):
+                    output = self.embed(inputs, rows)
+                if index >= self.first_kept:
+                    self.kept.append(output)
+                if self.embeddings is None:
+                    self.embeddings = output.new_empty((len(self.inputs), *output.shape[1:]))
+                self.embeddings[rows] = output.detach()
 
     def take_embeddings(self) -> Tensor:
         """Hand over the embeddings (b, d) of the first pass; a few columns stay, to compare the second with."""
@@ -105,21 +153,35 @@ class Lane:
         return embeddings
 
     def second_pass(self, gradient: Tensor) -> None:
-        """Send the gradient (b, d) of the embeddings into the parameters, last micro-batch first."""
+        """Send the gradient (b, d) of the embeddings into the parameters, last micro-batch first.
+
+        Whatever is computed again, here or by a tower that rematerialises, counts in no buffer a second time.
+        """
         if not self.trainable:
             return
-        replayed = len(self.kept) < len(self.parts)
-        buffers = [(b, b.clone()) for b in self.tower.buffers()] if replayed else []
+        buffers = [(b, b.clone()) for b in self.tower.buffers()]
+        if self.sharded:
+            gradient = gradient * distributed.world_size()
+        ahead = self._read_ahead(self.parts[: self.first_kept][::-1])
         for index in reversed(range(len(self.parts))):
             rows = self.parts[index]
-            output = self.kept.pop(index, None)
-            if output is None:
-                with torch.enable_grad():
-                    output = self.embed(rows)
-                difference = (output.detach()[:, :COMPARED_COLUMNS] - self.seen[rows]).abs().max()
-                self.replay_error = max(self.replay_error, float(difference))
+            output = self.kept.pop() if self.kept else self._embed_again(next(ahead), rows)
+            if self.sharded:
+                parallel.reduce_with_next_backward(self.tower, self.reduce == "every" or index == 0)
             torch.autograd.backward(output, gradient[rows])
+            del output  # before the next one is made
         put_back(buffers)
+
+    def _embed_again(self, inputs: Tensor, rows: slice) -> Tensor:
+        with torch.enable_grad():
+            output = self.embed(inputs, rows)
+        self.differences.append((output.detach()[:, :COMPARED_COLUMNS] - self.seen[rows]).abs().max())
+        return output
+
+    @property
+    def replay_error(self) -> float:
+        """The largest difference between an embedding of the first pass and that of the second."""
+        return float(torch.stack(self.differences).max()) if self.differences else 0.0
 
 
 def put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from triscale import distributed
-from triscale.data.loader import Batch
 from triscale.data.quarantine import Quarantine, gather_records
-from triscale.errors import RunError
+from triscale.data.rows import Batch, StreamedBatch
+from triscale.errors import LostProcess, RunError
 from triscale.training.log import RunLog
 from triscale.training.optim import clip_gradients
 from triscale.training.step import StepOutput
@@ -41,7 +41,8 @@ class StopFlag:
     """Within the context, SIGTERM and SIGINT (Ctrl-C) set `signal` and nothing else; a second Ctrl-C kills at once.
 
     Processes forked within (DataLoader workers) ignore both, so that they serve until the step is done. To be entered
-    in the main thread.
+    in the main thread. After a LostProcess the handlers stay: the launcher ends the others with SIGTERM, which must not
+    cut off what this process has to say.
     """
 
     def __init__(self) -> None:
@@ -57,6 +58,8 @@ class StopFlag:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if isinstance(error, LostProcess):
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -74,12 +77,13 @@ def train(
     step: Callable[..., StepOutput],
     optimizer: torch.optim.Optimizer,
     schedule: Callable[[int], float],
-    batches: Iterator[Batch],
+    batches: Iterator[Batch | StreamedBatch],
     start_step: int,
     total_steps: int,
     batch_size: int,
     clip_norm: float,
     after_step: Callable[[], None],
+    record: Callable[[], None],
     save: Callable[[int], None],
     checkpoint_every_steps: int,
     checkpoint_every_minutes: float,
@@ -93,13 +97,14 @@ def train(
     """Take optimizer steps `start_step` + 1 to `total_steps`; every rank calls this alike.
 
     Args:
-        step: the `ContrastiveStep`; every `.grad` is None.
+        step: the `ContrastiveStep`; every `.grad` is None. Where it raises, towers and loss must be as they were.
         optimizer: over all trainable parameters.
         schedule: steps done -> learning rate of the next one.
         batches: this rank's rows of the batches from position start_step * batch_size on.
         batch_size: B, over all ranks.
         clip_norm: largest L2 norm of the gradient; 0: no clipping.
         after_step: called after each optimizer step, such as the loss's `clamp_`.
+        record: called after every step, finite or not: writes down what the step had to recover from.
         save: write a checkpoint of so many steps done; called on every rank.
         checkpoint_every_steps: 0: none by steps. One is written at the end, on a signal and before a RunError too.
         checkpoint_every_minutes: by rank 0's clock; 0: none by time.
@@ -109,7 +114,8 @@ def train(
 
     Raises:
         RunError: data could not be read, too much of it is bad, the loss or gradient was not finite three times in a
-            row, or the disk is full. The weights are those of the last good step.
+            row, or the disk is full. The weights are those of the last good step, and so is the last checkpoint.
+        LostProcess: another process died or hangs. No checkpoint is written, as it would need the others.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     saved_step, saved_at = start_step, time.monotonic()
@@ -117,14 +123,18 @@ def train(
     for number in range(start_step + 1, total_steps + 1):
         began = time.perf_counter()
         try:
-            batch = _next_batch(batches, quarantine, batch_size, device)
+            batch = _next_batch(batches, device)
+            waited = time.perf_counter() - began
+            out = step({"image": batch.images, "text": batch.tokens}, ids=batch.ids)
+        except LostProcess:
+            raise
         except RunError:
             if saved_step < number - 1:
                 _save(save, number - 1, device)
             raise
-        waited = time.perf_counter() - began
-
-        out = step({"image": batch.images, "text": batch.tokens}, ids=batch.ids)
+        # A streamed batch knows its bad samples only now that its rows were read.
+        bad = gather_records(batch.bad, _for_collectives(device))
+        del batch  # before the next is joined
         loss, norm, rate = float(out.loss), float(clip_gradients(parameters, clip_norm)), schedule(number - 1)
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
@@ -138,17 +148,24 @@ def train(
         took = time.perf_counter() - began
         metrics = {"loss": loss, **out.metrics, "gradient_norm": norm, "learning_rate": rate, "skipped": not finite}
         speed = {"samples_per_second": batch_size / took, "data_wait": waited / took}
-        log.step(number, {**metrics, **speed, **_memory(device)})
+        failure = None
+        try:
+            log.step(number, {**metrics, **speed, **_memory(device)})
+            record()
+            quarantine.add(bad, batch_size)
+            if skipped_in_row == MAX_NON_FINITE_STEPS:
+                raise RunError(_diagnosis(number, metrics))
+        except RunError as error:
+            failure = error
 
         minutes = (time.monotonic() - saved_at) / 60
         time_is_up = distributed.rank() == 0 and 0 < checkpoint_every_minutes <= minutes
-        stopped_by, due = _agree(stop.signal, int(time_is_up), device=device)
-        failed = skipped_in_row == MAX_NON_FINITE_STEPS
+        stopped_by, due, failed = _agree(stop.signal, int(time_is_up), int(failure is not None), device=device)
         if due or stopped_by or failed or _every(checkpoint_every_steps, number) or number == total_steps:
             _save(save, number, device)
             saved_step, saved_at = number, time.monotonic()
         if failed:
-            raise RunError(_diagnosis(number, metrics))
+            raise failure or RunError("another process could not go on; its message says why")
         if stopped_by:
             return Outcome(number, stopped_by, skipped)
         if evaluate is not None and _every(eval_every_steps, number) and number < total_steps:
@@ -156,8 +173,8 @@ def train(
     return Outcome(max(start_step, total_steps), 0, skipped)
 
 
-def _next_batch(batches: Iterator[Batch], quarantine: Quarantine, batch_size: int, device: torch.device) -> Batch:
-    """This rank's rows of the next batch. If any rank has none, all raise RunError; bad samples of all are counted."""
+def _next_batch(batches: Iterator[Batch | StreamedBatch], device: torch.device) -> Batch | StreamedBatch:
+    """This rank's rows of the next batch. If any rank has none, all raise RunError."""
     error, batch = None, None
     try:
         batch = next(batches)
@@ -168,7 +185,6 @@ def _next_batch(batches: Iterator[Batch], quarantine: Quarantine, batch_size: in
         raise error
     if failed or batch is None:
         raise RunError("another process could not read its data; its message says why")
-    quarantine.add(gather_records(batch.bad, _for_collectives(device)), batch_size)
     return batch
 
 

@@ -1,36 +1,49 @@
-"""Bytes of activations, the memory that may be used for them, and what "auto" makes of the two."""
+"""Bytes of activations, and the memory that may be used for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from triscale.training import parallel
 
 GIB = 2**30
 PROBE_ROWS = 8
-LARGEST_AUTO_MICRO_BATCH = {"cpu": 64}  # beyond the caches a larger one gains nothing on a CPU
-LARGEST_AUTO_MICRO_BATCH_ELSEWHERE = 1024
 
 
 class SavedActivations:
-    """Counts the bytes that autograd saves while the context is open: each storage once, `excluded` left out.
+    """Counts the bytes that are kept for backward passes while the context is open: each storage once.
 
-    Works on any device, the meta device included.
+    What autograd saves comes here by itself; what rematerialisation keeps is told to `note_kept`. Works on any device,
+    the meta device included.
+
+    Args:
+        excluded: tensors that are there anyway: parameters, buffers, inputs.
     """
 
-    def __init__(self, excluded: list[Tensor]) -> None:
+    _open: ClassVar[list[SavedActivations]] = []
+
+    def __init__(self, excluded: Sequence[Tensor]) -> None:
         self._excluded = {tensor.untyped_storage()._cdata for tensor in excluded}
         self._storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
+        self.add(tensor)
+        return tensor
+
+    def add(self, tensor: Tensor) -> None:
+        """Count the storage of `tensor`, if it is not counted yet."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._excluded:
             self._storages[storage._cdata] = storage
-        return tensor
 
     @property
     def bytes(self) -> int:
@@ -39,10 +52,39 @@ class SavedActivations:
 
     def __enter__(self) -> SavedActivations:
         self._hooks.__enter__()
+        self._open.append(self)
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self._open.remove(self)
         self._hooks.__exit__(*exception)
+
+
+def note_kept(tensor: Tensor) -> None:
+    """Count a tensor that is kept for a backward pass without autograd's knowledge; nothing where nobody counts."""
+    for counting in SavedActivations._open:
+        counting.add(tensor)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On the meta device, attention as devices do it: torch writes it out there and would save its scores."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[override]
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention or not args[0].is_meta or kwargs.get("enable_gqa"):
+            return function(*args, **kwargs)
+        call = inspect.signature(_attention_arguments).bind(*args, **kwargs)
+        call.apply_defaults()
+        query, key, value, mask, dropout, causal, scale, _ = call.args
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        mask = None if mask is None else mask.to(query.dtype)
+        return fused(query, key, value, dropout, causal, attn_mask=mask, scale=scale)[0]
+
+
+def _attention_arguments(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+) -> None:
+    """The signature of F.scaled_dot_product_attention, which is a builtin and has none."""
 
 
 def activation_bytes(tower: nn.Module, embed: Callable[[], Tensor], inputs: Tensor) -> int:
@@ -50,11 +92,19 @@ def activation_bytes(tower: nn.Module, embed: Callable[[], Tensor], inputs: Tens
 
     Parameters, buffers and the inputs themselves are not activations and left out.
     """
-    with torch.enable_grad(), SavedActivations([*tower.parameters(), *tower.buffers(), inputs]) as saved:
+    excluded = [*tower.parameters(), *tower.buffers(), inputs]
+    with torch.enable_grad(), _FusedAttention(), SavedActivations(excluded) as saved:
         output = embed()
+        parallel.drop_gathered(tower)  # parameters that were gathered for this pass are no activations either
         total = saved.bytes
     del output
     return total
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a card or on the host, whose allocator has no exception of its own."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 def _cgroup_headroom() -> int | None:
@@ -80,27 +130,3 @@ def default_budget_bytes(device: torch.device) -> int:
     available = psutil.virtual_memory().available
     headroom = _cgroup_headroom()
     return (available if headroom is None else min(available, headroom)) // 2
-
-
-class LanePlan(NamedTuple):
-    """How a lane goes through its tower: `micro_batch` samples at once, the last `keep` micro-batches kept."""
-
-    micro_batch: int
-    keep: int
-
-
-def auto_micro_batch(bytes_per_row: float, rows: int, budget_bytes: int, device_type: str) -> int:
-    """The largest power of two that is useful on the device and takes at most a quarter of the budget."""
-    largest = LARGEST_AUTO_MICRO_BATCH.get(device_type, LARGEST_AUTO_MICRO_BATCH_ELSEWHERE)
-    micro_batch = 1
-    while micro_batch * 2 <= min(rows, largest) and 2 * micro_batch * bytes_per_row <= budget_bytes / 4:
-        micro_batch *= 2
-    return micro_batch
-
-
-def auto_keep(bytes_per_micro_batch: float, micro_batches: int, budget_bytes: float) -> int:
-    """How many micro-batches fit the budget beside the one at work, which needs gradients of its activations too."""
-    if bytes_per_micro_batch == 0:
-        return micro_batches
-    fitting = int(budget_bytes // bytes_per_micro_batch) - 2
-    return max(0, min(micro_batches, fitting))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from triscale.errors import UsageError
+
+REMAT_MODES = ("none", "block", "selective")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,28 +21,40 @@ class BatchSettings:
     """m: samples that go through a tower at once: a number, "auto", or one per lane: "image=64,text=512"."""
     keep: str = "auto"
     """Micro-batches that keep their activations (no second pass): a number, "auto", or one per lane."""
-    batch_norm: Literal["refuse", "per_micro_batch"] = "refuse"
-    """Towers with BatchNorm under more than one micro-batch: refused, or statistics of each micro-batch."""
+    remat: str = "none"
+    """What a block of a tower computes again in its backward pass, to keep less: "none"; "selective": all but products;
+    "block": all; or one per lane: "image=selective,text=none"."""
+    batch_norm: Literal["refuse", "per_micro_batch", "synchronised"] = "refuse"
+    """Towers with BatchNorm under more than one micro-batch: refused; statistics of each process's micro-batch; or of
+    those that all processes compute at the same time. (--model.batch-norm convert does without BatchNorm.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySettings:
-    """What "auto" may use."""
+    """What "auto" and the batches may use."""
 
     budget_gib: float = 0.0
     """Memory for activations in GiB; 0: 90 % of free CUDA memory, half of what is available on CPU."""
+    host_gib: float = 0.0
+    """Memory of this host, in GiB, for decoded images that are under way or trained on; 0: half of what is available, a
+    quarter where the towers are on the CPU, too. Images of larger batches are read again in each pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """InfoNCE and its temperature."""
+    """The contrastive loss and its temperature."""
 
+    name: Literal["info_nce", "sigmoid"] = "info_nce"
+    """The softmax loss of CLIP and BASIC, or SigLIP's sigmoid loss, whose bias is learned, too."""
     tiled: bool = True
     """Compute the loss in tiles, in O(B*d) memory; otherwise the dense formula."""
     logit_scale: float = 14.2857
-    """Initial factor on the cosines (CLIP: 1/0.07). It is learned, as its natural logarithm."""
+    """Initial factor on the cosines (CLIP: 1/0.07, SigLIP: 10). It is learned, as its natural logarithm."""
     max_logit_scale: float = 100.0
     """The factor is clamped to this after each optimizer step; 0: no clamp."""
+    exchange: Literal["gather", "blocks"] = "gather"
+    """How a process sees the embeddings of the others: all gathered once, or one process's at a time, in a fraction of
+    the memory and with up to twice the traffic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +95,9 @@ class TrainSettings:
     """Newest checkpoints that stay on disk."""
     eval_every_steps: int = 0
     """Steps between evaluations; 0: only at the end."""
+    collective_timeout_seconds: float = 50.0
+    """Seconds after which a process that waits for another gives up, and the run ends. To be longer than a checkpoint
+    takes to write, and than one process lags behind another."""
     log_every_steps: int = 10
     """Steps between lines of metrics on a terminal that shows no progress bar; metrics.jsonl has every step."""
 
@@ -96,6 +113,7 @@ class RunSettings:
 
 
 PerLane = Mapping[str, int | Literal["auto"]]
+T = TypeVar("T")
 
 
 def parse_per_lane(what: str, text: str, lanes: Sequence[str], smallest: int) -> PerLane:
@@ -104,12 +122,28 @@ def parse_per_lane(what: str, text: str, lanes: Sequence[str], smallest: int) ->
     Raises:
         UsageError: it is none of these, names other lanes, or a number is below `smallest`.
     """
+    return _per_lane(what, text, lanes, lambda value: _number_or_auto(what, value, smallest))
+
+
+def parse_remat(text: str, lanes: Sequence[str]) -> Mapping[str, str]:
+    """The rematerialisation of every lane that "block" or "image=selective,text=none" gives; UsageError otherwise."""
+
+    def mode(value: str) -> str:
+        if value.strip() not in REMAT_MODES:
+            raise UsageError(f"--batch.remat {value!r} must be one of {', '.join(REMAT_MODES)}, or one per lane")
+        return value.strip()
+
+    return _per_lane("--batch.remat", text, lanes, mode)
+
+
+def _per_lane(what: str, text: str, lanes: Sequence[str], convert: Callable[[str], T]) -> Mapping[str, T]:
+    """One value for all lanes, or "lane=value" for each, separated by commas."""
     if "=" not in text:
-        return dict.fromkeys(lanes, _number_or_auto(what, text, smallest))
+        return dict.fromkeys(lanes, convert(text))
     pairs = [part.partition("=") for part in text.split(",")]
     if sorted(lane.strip() for lane, _, _ in pairs) != sorted(lanes):
         raise UsageError(f"{what} {text!r} must give one value for each of the lanes {', '.join(lanes)}")
-    return {lane.strip(): _number_or_auto(what, value, smallest) for lane, _, value in pairs}
+    return {lane.strip(): convert(value) for lane, _, value in pairs}
 
 
 def _number_or_auto(what: str, text: str, smallest: int) -> int | Literal["auto"]:

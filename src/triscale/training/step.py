@@ -4,7 +4,7 @@
 2. Compute the loss and its gradient with respect to all embeddings and the temperature, over all ranks.
 3. Go back in reverse: kept micro-batches at once; the others are embedded again, with the same random numbers, and
    their gradients flow from the embeddings into the parameters. Buffers are put back, so each counts a sample once.
-4. Sum the gradients over ranks in one all-reduce.
+4. Sum the gradients over ranks in one all-reduce. (Sharded towers: with each micro-batch, or once.)
 
 Activations in memory: those of keep + 1 micro-batches, whatever B; beside them the embeddings, then their gradients.
 Cost: one forward pass more for what is not kept, at most 4/3 of a plain step. The result is the gradient of the plain
@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from triscale import distributed
 from triscale.errors import UsageError
-from triscale.training import memory
-from triscale.training.lane import Lane, Rows, device_of, put_back
-from triscale.training.memory import LanePlan
-
-Size = int | Literal["auto"]
-PerLane = Size | Mapping[str, Size]
+from triscale.training import memory, parallel
+from triscale.training.batch_norm import SynchronisedBatchNorm
+from triscale.training.lane import Lane, Rows, device_of, is_trainable, put_back, split_evenly
+from triscale.training.plan import ActivationBytes, LanePlan, PerLane, auto_keep, auto_micro_batch, per_lane, smaller
+from triscale.training.recovery import OutOfMemory, agreed, in_collectives
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,11 @@ class ContrastiveStep:
     """Fills every `.grad` with the exact gradient of a contrastive loss over the whole batch of all ranks.
 
     Args:
-        towers: lane name -> module `(m, ...) -> (m, d)`, not normalised; bare (no DistributedDataParallel).
+        towers: lane name -> module `(m, ...) -> (m, d)`, not normalised; bare, or sharded by FSDP2 over all ranks, but
+            not in DistributedDataParallel. One without a trainable parameter is frozen: evaluation mode, one pass.
         loss: module or callable of one (b, d) tensor per lane, in the towers' order, and `ids=`. One with
-            `takes_local_rows` sees this rank's rows and reduces over ranks itself; any other sees all ranks' rows.
+            `takes_local_rows` sees this rank's rows and reduces over ranks itself; any other sees all ranks' rows. One
+            whose `views` is 2 takes lanes of two rows per sample: this rank's first views, then its second ones.
         micro_batch: samples that go through a tower at once; an int, "auto", or one per lane.
         keep: micro-batches that keep their activations and so need no second pass; an int, "auto", or one per lane.
         seed: of the towers' random numbers (dropout, stochastic depth), with step, lane and position.
@@ -63,6 +64,11 @@ class ContrastiveStep:
             micro-batch ("per_micro_batch").
         autocast_dtype: arithmetic of the towers (None: as they are); loss and embeddings are float32 or better.
         budget_bytes: memory that "auto" may use for activations; None: `memory.default_budget_bytes`.
+        reduce: sharded towers reduce their gradients over ranks with "every" micro-batch, or "once", which sends less
+            and holds whole gradients meanwhile.
+
+    After an out-of-memory all ranks drop the gradients and redo the step, first with keep=0, then with half of the
+    micro-batch; `plans` holds what is used from then on, and `recoveries` what happened, in words.
 
     Example:
         >>> step = ContrastiveStep({"image": f, "text": g}, losses.InfoNCE(), micro_batch=64, keep="auto")
@@ -80,12 +86,16 @@ class ContrastiveStep:
         batch_norm: Literal["refuse", "per_micro_batch"] = "refuse",
         autocast_dtype: torch.dtype | None = None,
         budget_bytes: int | None = None,
+        reduce: Literal["every", "once"] = "every",
     ) -> None:
         self.towers, self.loss, self.seed, self.steps = dict(towers), loss, seed, 0
         self.batch_norm, self.autocast_dtype, self.budget_bytes = batch_norm, autocast_dtype, budget_bytes
+        self.reduce: Literal["every", "once"] = reduce
+        self.views: int = getattr(loss, "views", 1)
         self.plans: dict[str, LanePlan] = {}
-        self._micro_batch = _per_lane("micro_batch", micro_batch, self.towers, smallest=1)
-        self._keep = _per_lane("keep", keep, self.towers, smallest=0)
+        self.recoveries: list[str] = []
+        self._micro_batch = per_lane("micro_batch", micro_batch, self.towers, smallest=1)
+        self._keep = per_lane("keep", keep, self.towers, smallest=0)
         for name, tower in self.towers.items():
             if isinstance(tower, DistributedDataParallel):
                 raise UsageError(
@@ -93,39 +103,72 @@ class ContrastiveStep:
                     "the step reduces gradients over processes itself"
                 )
 
-    def __call__(self, inputs: Mapping[str, Rows], ids: Tensor | None = None) -> StepOutput:
+    def __call__(self, inputs: Mapping[str, Rows], ids: Rows | None = None) -> StepOutput:
         """Fill every `.grad` (which must be None) with the gradient of the loss over all ranks' rows.
 
         Args:
-            inputs: lane name -> this rank's b rows.
-            ids: (b,) integers; rows with an equal id are positives of each other. Handed to the loss if given.
+            inputs: lane name -> this rank's b rows (for a loss of two views, 2b).
+            ids: b integers; rows with an equal id are positives of each other. Handed to the loss if given. Read after
+                the first pass, so that they may come from the same view of a data set as the inputs.
 
         Raises:
             UsageError: lanes or rows do not match the towers, or a tower cannot be split into micro-batches.
+            RunError: memory does not suffice for one sample at a time, or another rank failed.
+            LostProcess: another rank is gone.
         """
-        counts = self._check(inputs)
+        counts = self._check(inputs, ids)
         if not self.plans:
             self.plans = self.resolve(inputs)
-        self._refuse_batch_norm(max(counts))
-        first_row = sum(counts[: distributed.rank()])
-        buffers = [(b, b.clone()) for tower in self.towers.values() for b in tower.buffers()]
-        lanes = [self._lane(name, inputs, first_row) for name in self.towers]
-        for lane in lanes:
-            lane.first_pass(self.plans[lane.name], max(counts))
-
-        loss, gradients = self._loss_and_gradients([lane.take_embeddings() for lane in lanes], ids, counts)
-        metrics = {name: float(value) for name, value in getattr(self.loss, "metrics", {}).items()}
-        if math.isfinite(loss):
-            for lane in reversed(lanes):
-                lane.second_pass(gradients.pop())
-            self._reduce()
-            metrics["replay_error"] = max(lane.replay_error for lane in lanes)
-        else:
-            put_back(buffers)
-            for parameter in self._parameters():
-                parameter.grad = None
+        out = None
+        while out is None:
+            try:
+                out = self._attempt(inputs, ids, counts)
+            except OutOfMemory:
+                self._take_less_memory()
         self.steps += 1
-        return StepOutput(loss, metrics)
+        return out
+
+    def _attempt(self, inputs: Mapping[str, Rows], ids: Rows | None, counts: list[int]) -> StepOutput:
+        """One step as planned. If it fails, or the loss is not finite, it leaves buffers as before and no gradient."""
+        self._refuse_batch_norm(counts)
+        buffers = [(b, b.clone()) for tower in self.towers.values() for b in tower.buffers()]
+        lanes = [self._lane(name, inputs, counts) for name in self.towers]
+        try:
+            with agreed(lanes[0].device):
+                for lane in lanes:
+                    lane.first_pass()
+            with agreed(lanes[0].device) if distributed.world_size() == 1 else in_collectives("the loss"):
+                loss, gradients = self._loss_and_gradients([lane.take_embeddings() for lane in lanes], ids, counts)
+            metrics = {name: float(value) for name, value in getattr(self.loss, "metrics", {}).items()}
+            if not math.isfinite(loss):
+                self._undo(buffers)
+                return StepOutput(loss, metrics)
+            with agreed(lanes[0].device):
+                for lane in reversed(lanes):
+                    lane.second_pass(gradients.pop())
+            self._reduce()
+        except Exception:
+            for lane in lanes:
+                lane.kept.clear()  # now, however long the exception's traceback lives
+            self._undo(buffers)
+            raise
+        return StepOutput(loss, {**metrics, "replay_error": max(lane.replay_error for lane in lanes)})
+
+    def _undo(self, buffers: list[tuple[Tensor, Tensor]]) -> None:
+        put_back(buffers)
+        for parameter in self._parameters():
+            parameter.grad = None
+
+    def _take_less_memory(self) -> None:
+        """Plan the next attempt after an out-of-memory, and write down what happened."""
+        before, self.plans = self.plans, smaller(self.plans)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # blocks of the old sizes
+        changes = ", ".join(
+            f"{lane} from {was.micro_batch} at once and {was.keep} kept to {now.micro_batch} and {now.keep}"
+            for (lane, was), now in zip(before.items(), self.plans.values(), strict=True)
+        )
+        self.recoveries.append(f"out of memory in step {self.steps + 1}: {changes}")
 
     def state_dict(self) -> dict[str, int]:
         """The number of steps taken: with the seed, all that the random numbers depend on."""
@@ -144,49 +187,83 @@ class ContrastiveStep:
             inputs: as a step takes them; a few rows are enough.
             rows: b, this rank's rows of the batches to come; None: those of `inputs`.
         """
-        counts = self._check(inputs)
+        counts = self._check(inputs, None)
         if rows is not None:
             counts = distributed.row_counts(rows, device_of(next(iter(self.towers.values()))))
-        rows = max(counts)
-        budget = self.budget_bytes
+        largest, budget = max(counts), self.budget_bytes
         plans = {}
         for name, tower in self.towers.items():
             micro_batch, keep = self._micro_batch[name], self._keep[name]
             if micro_batch == "auto" or keep == "auto":
-                lane = self._lane(name, inputs, first_row=0)
-                budget = memory.default_budget_bytes(lane.device) if budget is None else budget
-                bytes_per_row = self._activation_bytes_per_row(lane)
+                device = device_of(tower)
+                budget = memory.default_budget_bytes(device) if budget is None else budget
+                activations = self._activation_bytes(name, inputs[name])
                 if micro_batch == "auto":
-                    micro_batch = memory.auto_micro_batch(bytes_per_row, rows, budget, lane.device.type)
+                    micro_batch = auto_micro_batch(activations, largest, budget, device.type)
                 if keep == "auto":
-                    keep = memory.auto_keep(bytes_per_row * micro_batch, math.ceil(rows / micro_batch), budget)
-                    budget -= int(keep * micro_batch * bytes_per_row)
-            agreed = distributed.all_reduce_min(torch.tensor([micro_batch, keep], device=device_of(tower)))
-            plans[name] = LanePlan(*(int(n) for n in agreed))
+                    each = activations.of(min(micro_batch, largest))
+                    keep = auto_keep(each, math.ceil(largest / micro_batch), budget)
+                    budget -= int(keep * each)
+            agreed_on = distributed.all_reduce_min(torch.tensor([micro_batch, keep], device=device_of(tower)))
+            plans[name] = LanePlan(*(int(n) for n in agreed_on))
         return plans
 
-    def _lane(self, name: str, inputs: Mapping[str, Rows], first_row: int) -> Lane:
+    def _lane(self, name: str, inputs: Mapping[str, Rows], counts: list[int]) -> Lane:
+        """The lane `name` of a step over `counts` rows of every rank."""
         return Lane(
             name,
             self.towers[name],
             inputs[name],
-            first_row=first_row,
+            parts=self._partition(name, counts),
+            keep=self.plans[name].keep,
+            first_row=sum(counts[: distributed.rank()]),
             seed=(self.seed, self.steps),
             autocast_dtype=self.autocast_dtype,
+            reduce=self.reduce,
         )
 
-    def _activation_bytes_per_row(self, lane: Lane) -> float:
-        if not lane.trainable:
-            return 0.0
-        rows = slice(0, min(memory.PROBE_ROWS, len(lane.inputs)))
-        buffers = [(b, b.clone()) for b in lane.tower.buffers()]
-        probe = torch.as_tensor(lane.inputs[rows]).to(lane.device)
-        lane.inputs = probe
-        total = memory.activation_bytes(lane.tower, lambda: lane.embed(rows), probe)
-        put_back(buffers)
-        return total / len(probe)
+    def _partition(self, name: str, counts: list[int]) -> list[slice]:
+        """This rank's micro-batches: every rank has as many, of sizes that differ by one at most.
 
-    def _check(self, inputs: Mapping[str, Rows]) -> list[int]:
+        A rank with fewer rows than micro-batches goes without some, unless ranks meet inside the tower.
+        """
+        micro_batch = self.plans[name].micro_batch
+        parts = math.ceil(max(counts) / micro_batch)
+        if min(counts) < parts and _meets_others(self.towers[name]):
+            parts = min(counts)
+            if max(counts) > 2 * micro_batch * parts:
+                raise UsageError(f"tower '{name}' needs about as many rows on every process, got {counts}")
+        return split_evenly(counts[distributed.rank()], parts)
+
+    def _activation_bytes(self, name: str, inputs: Rows) -> ActivationBytes:
+        """What micro-batches of a lane keep, measured with few rows and with half of them."""
+        tower = self.towers[name]
+        if not is_trainable(tower):
+            return ActivationBytes(0.0, 0.0)
+        rows = slice(0, min(memory.PROBE_ROWS, len(inputs)))
+        lane = Lane(
+            name,
+            tower,
+            inputs,
+            parts=[rows],
+            keep=1,
+            first_row=0,
+            seed=(self.seed, self.steps),
+            autocast_dtype=self.autocast_dtype,
+            reduce=self.reduce,
+        )
+        probe = lane.read(rows)
+        buffers = [(b, b.clone()) for b in tower.buffers()]
+        sizes = sorted({max(1, len(probe) // 2), len(probe)})
+        counted = [
+            memory.activation_bytes(tower, lambda part=probe[:size]: lane.embed(part, rows), probe[:size])
+            for size in sizes
+        ]
+        put_back(buffers)
+        per_row = counted[-1] / sizes[-1] if len(sizes) == 1 else (counted[1] - counted[0]) / (sizes[1] - sizes[0])
+        return ActivationBytes(max(0.0, counted[-1] - per_row * sizes[-1]), per_row)
+
+    def _check(self, inputs: Mapping[str, Rows], ids: Rows | None) -> list[int]:
         """The rows of every rank; refuses inputs that do not match the towers."""
         if any(parameter.grad is not None for parameter in self._parameters()):
             raise UsageError("every .grad must be None before a step: call optimizer.zero_grad(set_to_none=True)")
@@ -195,21 +272,30 @@ class ContrastiveStep:
         rows = {name: len(value) for name, value in inputs.items()}
         if len(set(rows.values())) != 1:
             raise UsageError(f"every lane needs the same number of rows, got {rows}")
-        device = device_of(next(iter(self.towers.values())))
-        counts = distributed.row_counts(next(iter(rows.values())), device)
+        (mine,) = set(rows.values())
+        if mine % self.views:
+            raise UsageError(f"the loss takes {self.views} views of every sample, but lanes have {mine} rows")
+        if ids is not None and len(ids) != mine // self.views:
+            raise UsageError(f"the step needs one id per sample: {mine // self.views}, got {len(ids)}")
+        counts = distributed.row_counts(mine, device_of(next(iter(self.towers.values()))))
         if min(counts) == 0:
             raise UsageError(f"every rank needs at least one row, got {counts}: use a larger batch or fewer processes")
         return counts
 
-    def _refuse_batch_norm(self, rows: int) -> None:
+    def _refuse_batch_norm(self, counts: list[int]) -> None:
+        """Raise UsageError for a tower whose statistics would not be those of the whole batch, unless that is meant."""
         if self.batch_norm != "refuse":
             return
         for name, tower in self.towers.items():
-            layers = any(isinstance(module, _BatchNorm) and module.training for module in tower.modules())
-            if layers and rows * distributed.world_size() > self.plans[name].micro_batch:
+            layers = [m for m in tower.modules() if isinstance(m, _BatchNorm) and m.training]
+            if not layers or not is_trainable(tower):
+                continue
+            together = all(isinstance(layer, SynchronisedBatchNorm) for layer in layers)
+            rows = max(counts) if together else max(counts) * distributed.world_size()
+            if rows > self.plans[name].micro_batch:
                 raise UsageError(
                     f"tower '{name}' has BatchNorm, whose statistics would be those of a micro-batch: set "
-                    'batch_norm="per_micro_batch" if that is meant, or use a tower without it'
+                    'batch_norm="per_micro_batch" if that is meant, convert it, or use a tower without it'
                 )
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -218,55 +304,43 @@ class ContrastiveStep:
         return list({id(p): p for module in modules for p in module.parameters() if p.requires_grad}.values())
 
     def _loss_and_gradients(
-        self, embeddings: list[Tensor], ids: Tensor | None, counts: list[int]
+        self, embeddings: list[Tensor], ids: Rows | None, counts: list[int]
     ) -> tuple[Tensor, list[Tensor]]:
         """The global loss, and its gradient with respect to this rank's embeddings (b, d) of every lane."""
-        arguments = {} if ids is None else {"ids": ids.to(embeddings[0].device)}
+        arguments = {}
+        if ids is not None:
+            arguments["ids"] = torch.as_tensor(ids[0 : len(ids)]).to(embeddings[0].device)
+        samples = [count // self.views for count in counts]
         local = getattr(self.loss, "takes_local_rows", False)
         if not local:
-            embeddings = [distributed.all_gather_rows(e, counts) for e in embeddings]
-            arguments = {name: distributed.all_gather_rows(value, counts) for name, value in arguments.items()}
+            embeddings = [self._gather_views(e, samples) for e in embeddings]
+            arguments = {name: distributed.all_gather_rows(value, samples) for name, value in arguments.items()}
         leaves = [e.detach().requires_grad_() for e in embeddings]
         with torch.enable_grad():
             loss = self.loss(*leaves, **arguments)
         loss.backward()
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         if not local:
-            first = sum(counts[: distributed.rank()])
-            gradients = [g[first : first + counts[distributed.rank()]] for g in gradients]
+            first = sum(samples[: distributed.rank()])
+            mine = slice(first, first + samples[distributed.rank()])
+            gradients = [torch.cat([view[mine] for view in g.chunk(self.views)]) for g in gradients]
             for parameter in self.loss.parameters() if isinstance(self.loss, nn.Module) else ():
                 if parameter.grad is not None:  # every rank computed the whole; their sum must be the whole
                     parameter.grad /= distributed.world_size()
         return loss.detach(), gradients
 
+    def _gather_views(self, embeddings: Tensor, samples: list[int]) -> Tensor:
+        """All ranks' rows (views * B, d), view by view, each in rank order."""
+        return torch.cat([distributed.all_gather_rows(view, samples) for view in embeddings.chunk(self.views)])
+
     def _reduce(self) -> None:
-        """Sum gradients over ranks in one all-reduce, and average BatchNorm's running statistics, which differ."""
-        if distributed.world_size() == 1:
-            return
-        distributed.all_reduce_sum_coalesced([p.grad for p in self._parameters() if p.grad is not None])
-        statistics = [
-            buffer
-            for tower in self.towers.values()
-            for module in tower.modules()
-            if isinstance(module, _BatchNorm) and module.training
-            for buffer in module.buffers()
-            if buffer.is_floating_point()
-        ]
-        distributed.all_reduce_sum_coalesced(statistics)
-        for buffer in statistics:
-            buffer /= distributed.world_size()
+        """Sum the gradients over ranks."""
+        others = self.loss.parameters() if isinstance(self.loss, nn.Module) else ()
+        trainable = [tower for tower in self.towers.values() if is_trainable(tower)]
+        parallel.sum_over_ranks(trainable, others)
+        parallel.average_statistics(trainable)
 
 
-def _per_lane(what: str, value: PerLane, lanes: Mapping[str, Any], smallest: int) -> dict[str, Size]:
-    """`value` of every lane; refuses unknown lanes and numbers below `smallest`."""
-    values: dict[str, Size] = {}
-    if isinstance(value, Mapping):
-        values.update(value)
-    else:
-        values.update((name, value) for name in lanes)
-    if set(values) != set(lanes):
-        raise UsageError(f"{what} names the lanes {sorted(values)}, the step has {sorted(lanes)}")
-    for name, number in values.items():
-        if number != "auto" and (not isinstance(number, int) or number < smallest):
-            raise UsageError(f"{what} of lane '{name}' is {number!r}: it must be 'auto' or at least {smallest}")
-    return values
+def _meets_others(tower: nn.Module) -> bool:
+    """Whether ranks talk to each other inside the tower, so that each must go through it as often as the others."""
+    return parallel.is_sharded(tower) or any(isinstance(m, SynchronisedBatchNorm) for m in tower.modules())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from triscale.losses import InfoNCE
+from triscale.losses.contrastive import ContrastiveLoss
 from triscale.randomness import derive_seed
 from triscale.training.lane import Rows, seeded, split_evenly
 from triscale.training.step import ContrastiveStep
@@ -44,9 +44,17 @@ def named_gradients(towers: Mapping[str, nn.Module], loss: nn.Module) -> dict[st
     }
 
 
+def dense_twin(loss: nn.Module) -> nn.Module:
+    """`loss` in its dense form, over the same parameters; a loss without a tiled form is its own twin."""
+    twin = copy.copy(loss)
+    if isinstance(twin, ContrastiveLoss):
+        twin.takes_local_rows = False
+    return twin
+
+
 def direct_gradients(
     towers: Mapping[str, nn.Module],
-    loss: InfoNCE,
+    loss: nn.Module,
     inputs: Mapping[str, Rows],
     ids: Tensor | None,
     micro_batch: Mapping[str, int],
@@ -62,15 +70,13 @@ def direct_gradients(
             with seeded(derive_seed("tower", seed, 0, lane, rows.start), batch.device):
                 outputs.append(tower(batch))
         embeddings.append(torch.cat(outputs))
-    dense = InfoNCE(tiled=False).to(embeddings[0].dtype)
-    dense.logit_scale = loss.logit_scale
-    dense(*embeddings, ids).backward()
+    dense_twin(loss)(*embeddings, **({} if ids is None else {"ids": ids})).backward()
     return named_gradients(towers, loss)
 
 
 def verify(
     towers: Mapping[str, nn.Module],
-    loss: InfoNCE,
+    loss: nn.Module,
     inputs: Mapping[str, Rows],
     ids: Tensor | None,
     *,
@@ -78,14 +84,22 @@ def verify(
     batch_norm: Literal["refuse", "per_micro_batch"],
     seed: int,
     dtype: torch.dtype = torch.float64,
+    prepare: Callable[[Mapping[str, nn.Module]], None] = lambda towers: None,
 ) -> dict[str, float]:
     """The largest error of each parameter's gradient, by the design's measure, over keep = 0, 1 and all.
 
     Works on copies in `dtype`, on the CPU; towers in training mode, so dropout, stochastic depth and BatchNorm count.
+
+    Args:
+        towers, loss, inputs, ids: as a step takes them; the loss's dense form is the yardstick.
+        prepare: what is done to the step's towers and not to those that it is held against, such as rematerialisation.
     """
-    towers = {lane: copy.deepcopy(tower).cpu().to(dtype).train() for lane, tower in towers.items()}
+    plain, towers = (
+        {lane: copy.deepcopy(tower).cpu().to(dtype).train() for lane, tower in towers.items()} for _ in range(2)
+    )
+    prepare(towers)
     loss = copy.deepcopy(loss).cpu().to(dtype)
-    direct = direct_gradients(towers, loss, inputs, ids, micro_batch, seed)
+    direct = direct_gradients(plain, loss, inputs, ids, micro_batch, seed)
     errors = dict.fromkeys(direct, 0.0)
     for keep in (0, 1, max(len(rows) for rows in inputs.values())):
         for module in (*towers.values(), loss):

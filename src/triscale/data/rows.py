@@ -1,0 +1,281 @@
+"""Rows of a contrastive batch at any positions: read, choose a caption, decode, augment, tokenize.
+
+A row is a pure function of (seed, position), so that workers, ranks, resumes and a second reading give the same bytes:
+
+1. position p of `order` names a source and a sample; its caption is drawn by ("caption", seed, p, view, attempt), its
+   augmentation by ("augment", seed, p, view, attempt);
+2. a bad sample is recorded and the one that (p, attempt) names stands in; a read that fails is tried again.
+
+A batch holds its rows (`Batch`), or reads its images anew whenever they are asked for (`StreamedBatch`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from triscale.data.augment import Augmentation
+from triscale.data.captions import choose_caption, fill_template, sample_id
+from triscale.data.decode import decode_image, fit_square
+from triscale.data.order import Order
+from triscale.data.quarantine import BadRecord
+from triscale.data.samples import BadSample, Sample, Source
+from triscale.data.settings import DataSettings
+from triscale.data.text import Tokenizer
+from triscale.errors import RunError
+from triscale.randomness import generator
+
+CACHE_BYTES = 256 * 2**20
+"""Decoded images are kept in a process's memory where those of all samples fit into so much."""
+MAX_ATTEMPTS = 32
+"""Bad samples in a row at one position before the run gives up."""
+PIECE_ROWS = 256
+"""Most rows that are made at a time where nobody asks for more: small enough that all workers share even one batch."""
+RETRY_SECONDS = (0.2, 1.0, 5.0)
+"""Pauses before a failed read is tried again."""
+_VIEW = 0
+"""Image-text pairs have one view of each image."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What stands at a position, before its image is augmented."""
+
+    canvas: UInt8[np.ndarray, "c c 3"]
+    numbers: np.ndarray
+    """What the augmentation drew."""
+    text: str
+    id: int
+    """Rows of an equal id are positives of each other; a negative id is unique."""
+    bad: tuple[BadRecord, ...]
+    """Samples that were found bad and replaced at this position, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows of a contrastive batch, in the order of their positions."""
+
+    images: UInt8[Tensor, "b 3 s s"]
+    tokens: Int64[Tensor, "b l"]
+    ids: Int64[Tensor, " b"]
+    """Rows of an equal id are positives of each other; a negative id is unique."""
+    position: int
+    """Of the contrastive batch's first row."""
+    bad: tuple[BadRecord, ...]
+    """Samples that were found bad and replaced while these rows were made, in order."""
+
+
+class BatchReader:
+    """Makes the rows of any positions, as a pure function of (seed, positions). May be pickled to worker processes.
+
+    Args:
+        sources: as many as `order` has, in its order.
+        order: which sample stands at a position.
+        tokenizer: of captions.
+        augmentation: from squares of `settings.canvas` (or `settings.image_size`) pixels to the images of the batch.
+        settings: fit, caption fields, templates, part dropout and ids.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        order: Order,
+        tokenizer: Tokenizer,
+        augmentation: Augmentation,
+        settings: DataSettings,
+        seed: int,
+    ) -> None:
+        self.sources = tuple(sources)
+        self.order = order
+        self.tokenizer = tokenizer
+        self.augmentation = augmentation
+        self.settings = settings
+        self.seed = seed
+        self._size = settings.canvas or settings.image_size
+        # All or nothing: of a larger data set, what is kept would seldom be drawn again before it has to go.
+        self._caches = sum(len(source) for source in self.sources) * 3 * self._size**2 <= CACHE_BYTES
+        self._canvases: dict[tuple[int, int], np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """To worker processes go no images; each keeps those that it has decoded itself."""
+        return {**vars(self), "_canvases": {}}
+
+    def __call__(self, positions: range) -> Batch:
+        """The batch of the rows at `positions` (at least one).
+
+        Raises:
+            RunError: a source cannot be read, or 32 samples in a row are bad.
+        """
+        rows = self.rows(positions)
+        return Batch(
+            images=self.images(rows),
+            tokens=self.tokens(rows),
+            ids=torch.tensor([row.id for row in rows], dtype=torch.int64),
+            position=positions.start,
+            bad=tuple(record for row in rows for record in row.bad),
+        )
+
+    def rows(self, positions: range) -> list[Row]:
+        """The rows at `positions`, each from the first good sample of those that may stand there.
+
+        Raises:
+            RunError: a source cannot be read, or 32 samples in a row are bad.
+        """
+        return [self._row(position) for position in positions]
+
+    def images(self, rows: Sequence[Row]) -> UInt8[Tensor, "m 3 s s"]:
+        """The augmented images of `rows` (at least one)."""
+        canvases = torch.from_numpy(np.stack([row.canvas for row in rows])).permute(0, 3, 1, 2).contiguous()
+        return self.augmentation.apply(canvases, torch.from_numpy(np.stack([row.numbers for row in rows])))
+
+    def tokens(self, rows: Sequence[Row]) -> Int64[Tensor, "m l"]:
+        """The token rows of `rows`."""
+        return torch.from_numpy(self.tokenizer.encode([row.text for row in rows]))
+
+    def _row(self, position: int) -> Row:
+        number, index = self.order[position]
+        source = self.sources[number]
+        bad: list[BadRecord] = []
+        for attempt in range(MAX_ATTEMPTS):
+            if attempt:
+                _, index = self.order.replacement(position, attempt)
+            key = f"#{index}"
+            try:
+                sample = _read(source, index, image=(number, index) not in self._canvases)
+                key = sample.key
+                return self._prepare(sample, (number, index), position, tuple(bad))
+            except BadSample as error:
+                bad.append(BadRecord(source=source.name, key=error.key or key, reason=error.reason))
+        reasons = ", ".join(sorted({record.reason for record in bad}))
+        raise RunError(f"{source.name}: {MAX_ATTEMPTS} bad samples in a row, the last {bad[-1].key}: {reasons}")
+
+    def _prepare(self, sample: Sample, place: tuple[int, int], position: int, bad: tuple[BadRecord, ...]) -> Row:
+        """The row that `sample` makes at `position`, where those of `bad` stood before it."""
+        settings = self.settings
+        words = (self.seed, position, _VIEW, len(bad))
+        rng = generator("caption", *words)
+        fields, part_dropout = settings.caption_fields, settings.caption_part_dropout
+        caption = choose_caption(sample, fields=fields, part_dropout=part_dropout, rng=rng)
+        text = fill_template(caption, settings.caption_templates, rng)
+        id = sample_id(sample, settings.ids, caption)
+        return Row(
+            canvas=self._canvas(sample, place),
+            numbers=self.augmentation.draw(generator("augment", *words)),
+            text=text,
+            id=id,
+            bad=bad,
+        )
+
+    def _canvas(self, sample: Sample, place: tuple[int, int]) -> np.ndarray:
+        """The square that augmentation starts from, decoded once where all of them can be kept."""
+        canvas = self._canvases.get(place)
+        if canvas is None:
+            image = sample.image
+            if isinstance(image, bytes):
+                # A photograph is decoded at a fraction of its size; twice the side is left for antialiased reduction.
+                image = decode_image(image, min_side=2 * self._size)
+            canvas = fit_square(image, self._size, self.settings.fit)
+            if self._caches:
+                self._canvases[place] = canvas
+        return canvas
+
+
+class RowView:
+    """A column of a `StreamedBatch`: has len() and [a:b], as the lanes of the exact step take their inputs."""
+
+    def __init__(self, rows: int, read: Callable[[range], Tensor]) -> None:
+        self._rows = rows
+        self._read = read
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """The tensor of `rows`, consecutive ones and at least one. Raises RunError where they cannot be read."""
+        wanted = range(*rows.indices(self._rows))
+        if rows.step not in (None, 1) or not wanted:
+            raise IndexError(f"a view of {self._rows} rows gives consecutive ones, at least one, not {rows}")
+        return self._read(wanted)
+
+
+class StreamedBatch:
+    """Rows of a contrastive batch whose images are made anew whenever they are asked for, for want of memory.
+
+    Every reading of a row gives the same bytes. The first one also fills in its tokens, its id and its bad records,
+    which are small and kept. Threads that read at once take turns.
+
+    Args:
+        reader: makes the rows.
+        positions: of this rank's rows.
+        position: of the contrastive batch's first row.
+
+    Attributes:
+        images: uint8 (b, 3, s, s), read at each [a:b].
+        tokens: int64 (b, l); rows that were not read before are read once.
+        ids: int64 (b,); likewise.
+        position: of the contrastive batch's first row.
+    """
+
+    def __init__(self, reader: BatchReader, positions: range, position: int) -> None:
+        self.position = position
+        self.images = RowView(len(positions), self._read)
+        self.tokens = RowView(len(positions), lambda rows: self._known(rows)[0])
+        self.ids = RowView(len(positions), lambda rows: self._known(rows)[1])
+        self._reader = reader
+        self._positions = positions
+        self._tokens = torch.empty((len(positions), reader.tokenizer.length), dtype=torch.int64)
+        self._ids = torch.empty(len(positions), dtype=torch.int64)
+        self._seen = np.zeros(len(positions), dtype=bool)
+        self._bad: dict[int, tuple[BadRecord, ...]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def bad(self) -> tuple[BadRecord, ...]:
+        """Samples that were found bad and replaced in the rows that were read so far, in order."""
+        with self._lock:
+            return tuple(record for row in sorted(self._bad) for record in self._bad[row])
+
+    def _read(self, wanted: range) -> UInt8[Tensor, "m 3 s s"]:
+        """The images of the rows `wanted`, counted within this rank."""
+        with self._lock:
+            rows = self._reader.rows(self._positions[wanted.start : wanted.stop])
+            if not self._seen[wanted.start : wanted.stop].all():
+                self._note(wanted, rows)
+            return self._reader.images(rows)
+
+    def _known(self, wanted: range) -> tuple[Tensor, Tensor]:
+        """Tokens and ids of the rows `wanted`, which are read if they were not before, some at a time."""
+        with self._lock:
+            for first in range(wanted.start, wanted.stop, PIECE_ROWS):
+                piece = range(first, min(first + PIECE_ROWS, wanted.stop))
+                if not self._seen[piece.start : piece.stop].all():
+                    self._note(piece, self._reader.rows(self._positions[piece.start : piece.stop]))
+            return self._tokens[wanted.start : wanted.stop], self._ids[wanted.start : wanted.stop]
+
+    def _note(self, numbers: range, rows: Sequence[Row]) -> None:
+        self._tokens[numbers.start : numbers.stop] = self._reader.tokens(rows)
+        self._ids[numbers.start : numbers.stop] = torch.tensor([row.id for row in rows], dtype=torch.int64)
+        self._bad.update((number, row.bad) for number, row in zip(numbers, rows, strict=True) if row.bad)
+        self._seen[numbers.start : numbers.stop] = True
+
+
+def _read(source: Source, index: int, *, image: bool) -> Sample:
+    """Read a sample, with its image or without; where reading fails, pause and try again."""
+    for pause in RETRY_SECONDS:
+        try:
+            return source.read(index, image=image)
+        except OSError:
+            time.sleep(pause)
+    try:
+        return source.read(index, image=image)
+    except OSError as error:
+        tries = len(RETRY_SECONDS) + 1
+        raise RunError(f"{source.name}: sample #{index} could not be read in {tries} tries: {error}") from error

@@ -1,0 +1,67 @@
+"""The scores of a run: one number a set for its log, and results, picture and table at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from triscale import distributed
+from triscale.evaluation.datasets import EvaluationSet
+from triscale.evaluation.encoder import Encoder
+from triscale.evaluation.report import GuessRow, draw_guesses
+from triscale.evaluation.suite import Results, results_table, write_results
+from triscale.evaluation.zeroshot import top_guesses
+from triscale.run_folder import Files
+
+PICTURE_IMAGES = 4
+"""Test images of each set in the picture of a run."""
+
+
+def headline(results: Results) -> dict[str, float]:
+    """One number a set, for the log: top-1, or recall@1 of images."""
+    scores = {
+        name: float(result["top1"] if result["task"] == "classification" else result["text_to_image_recall@1"])
+        for name, result in results["sets"].items()
+    }
+    return scores if results["shift_mean"] is None else {**scores, "shift_mean": results["shift_mean"]}
+
+
+def publish(
+    files: Files,
+    results: Results,
+    *,
+    title: str,
+    encoder: Encoder,
+    sets: Sequence[EvaluationSet],
+    logit_scale: float,
+) -> None:
+    """Write results.json and a picture of test images with the model's guesses, and print the table; rank 0 alone.
+
+    Sets of retrieval have no guesses; without any other there is no picture.
+    """
+    if distributed.rank() != 0:
+        return
+    write_results(files.results, results)
+    rows = [
+        GuessRow(
+            name=each.name,
+            note=f"top-1 {float(results['sets'][each.name]['top1']):.1%} of {len(each.classnames)} classes",
+            guesses=top_guesses(encoder, each, count=PICTURE_IMAGES, logit_scale=logit_scale),
+        )
+        for each in sets
+        if each.task == "classification"
+    ]
+    if rows:
+        draw_guesses(files.picture, title, rows)
+    show(files, results)
+
+
+def show(files: Files, results: Results) -> None:
+    """Print the table, and where it and the picture are; rank 0 alone."""
+    if distributed.rank() != 0:
+        return
+    console = Console(highlight=False)
+    console.print(results_table(results))
+    written = [path for path in (files.results, files.picture) if path.exists()]
+    console.print("  ".join(str(path) for path in written), markup=False, soft_wrap=True)

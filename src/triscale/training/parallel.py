@@ -1,0 +1,123 @@
+"""Towers whose parameters are sharded over ranks by FSDP2, and how all gradients become the sum over ranks.
+
+The gradient of the whole contrastive batch is the *sum* over ranks of what each rank's rows give. A bare tower's
+gradients are summed by one all-reduce after the last micro-batch. FSDP2 reduces by itself, with every micro-batch or
+once, and takes the *mean*: so what goes back into a sharded tower is multiplied by the number of ranks beforehand.
+(FSDP2's own `set_gradient_divide_factor` acts on each module alone and fails on gloo.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from triscale import distributed
+from triscale.errors import UsageError
+
+
+def shard(
+    tower: nn.Module, blocks: Sequence[nn.Module], *, device_type: str, policy: MixedPrecisionPolicy | None = None
+) -> nn.Module:
+    """Shard a tower's parameters over all ranks by FSDP2: each of `blocks` by itself, the rest together. In place.
+
+    A block's parameters are gathered when it is used and dropped afterwards, so that a rank holds 1/W of the tower
+    and one block. To be called last: after rematerialisation and compilation, before the optimizer is made.
+
+    Args:
+        tower: bare.
+        blocks: its repeated parts, as `remat.blocks_of` gives them.
+        device_type: "cuda", "cpu".
+        policy: arithmetic of parameters and reductions; None: as they are.
+    """
+    mesh = init_device_mesh(device_type, (distributed.world_size(),))
+    for module in (*blocks, tower):
+        fully_shard(module, mesh=mesh, mp_policy=policy or MixedPrecisionPolicy())
+    return tower
+
+
+def is_sharded(tower: nn.Module) -> bool:
+    """Whether any parameter is sharded.
+
+    Raises:
+        UsageError: they are sharded over some of the ranks alone.
+    """
+    sharded = [p for p in tower.parameters() if isinstance(p, DTensor)]
+    if any(p.device_mesh.size() != distributed.world_size() for p in sharded):
+        raise UsageError("a sharded tower's device mesh must hold all processes: its gradient is the sum over all")
+    return bool(sharded)
+
+
+def reduce_with_next_backward(tower: nn.Module, now: bool) -> None:
+    """Whether a sharded tower reduces its gradients in the next backward pass, or gathers them for a later one."""
+    for module in _outermost(tower):
+        module.set_requires_gradient_sync(now)
+        module.set_is_last_backward(now)
+
+
+def drop_gathered(tower: nn.Module) -> None:
+    """Let go of parameters that a sharded tower gathered for a forward pass."""
+    for module in tower.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _outermost(module: nn.Module) -> list[FSDPModule]:
+    """The sharded modules that stand in no other; what is set on them reaches those inside."""
+    if isinstance(module, FSDPModule):
+        return [module]
+    return [found for child in module.children() for found in _outermost(child)]
+
+
+def sum_over_ranks(towers: Iterable[nn.Module], others: Iterable[nn.Parameter]) -> None:
+    """Make every replicated parameter's `.grad` the sum over ranks, in one all-reduce; sharded ones are so already.
+
+    A parameter that no row of a rank reached counts as zero there; one that no rank's rows reached keeps None.
+
+    Args:
+        towers: whose backward passes are done.
+        others: more parameters, such as the loss's.
+    """
+    world = distributed.world_size()
+    if world == 1:
+        return
+    replicated: dict[int, nn.Parameter] = {id(p): p for p in others if p.requires_grad}
+    for tower in towers:
+        mine = [p for p in tower.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        if is_sharded(tower):
+            for parameter in mine:  # what went back was multiplied by the number of ranks
+                if parameter.grad is not None:
+                    parameter.grad /= world
+        replicated.update((id(p), p) for p in mine)
+    parameters = list(replicated.values())
+    if not parameters:
+        return
+    reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=parameters[0].device)
+    gradients: list[Tensor] = []
+    for parameter, anywhere in zip(parameters, distributed.all_reduce_max(reached).tolist(), strict=True):
+        if anywhere:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(parameter.grad)
+    distributed.all_reduce_sum_coalesced(gradients)
+
+
+def average_statistics(towers: Iterable[nn.Module]) -> None:
+    """Average the running statistics of BatchNorm over ranks; each rank's own differ, and one rank saves them."""
+    if distributed.world_size() == 1:
+        return
+    statistics = [
+        buffer
+        for tower in towers
+        for module in tower.modules()
+        if isinstance(module, _BatchNorm) and module.training
+        for buffer in module.buffers()
+        if buffer.is_floating_point()
+    ]
+    distributed.all_reduce_sum_coalesced(statistics)
+    for buffer in statistics:
+        buffer /= distributed.world_size()

@@ -1,0 +1,314 @@
+"""What goes wrong under way: a process killed or stopped, losses that are not finite, memory that runs out.
+
+Real runs of two processes under torchrun. A run must end by itself and clearly, leave the weights of its last good step
+and go on from there to the weights of a run that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ranks import run_ranks
+from triscale import assembly, distributed, runs
+from triscale.config import RunConfig, to_dict
+from triscale.data import rows
+from triscale.data.samples import Sample
+from triscale.data.scenes import Scenes
+from triscale.data.settings import DataSettings
+from triscale.data.text import train_tokenizer
+from triscale.errors import RunError
+from triscale.models.dual_encoder import DualEncoder
+from triscale.models.settings import ModelSettings
+from triscale.training.memory import PROBE_ROWS
+from triscale.training.settings import BatchSettings, MemorySettings, OptimSettings, RunSettings, TrainSettings
+
+STEPS = 9
+
+
+def small_config(folder: Path) -> RunConfig:
+    """A run of seconds on two processes, with dropout, BatchNorm and replayed micro-batches.
+
+    Args:
+        folder: where its tokenizer is written, if it is not there yet; training one would take longer than the run.
+    """
+    tokenizer = folder / "tokenizer.model"
+    if not tokenizer.exists():
+        tokenizer.write_bytes(train_tokenizer(["a red circle above a blue square", "a green star"], 60))
+    return RunConfig(
+        data=DataSettings(train="scenes", image_size=16, ids="label", tokens=12, tokenizer=str(tokenizer), workers=0),
+        model=ModelSettings(
+            image="resnet10t",
+            image_options='{"channels": [8, 8, 8, 8], "stem_width": 8}',
+            text_width=16,
+            text_layers=1,
+            text_heads=2,
+            embedding=8,
+            dropout=0.1,
+        ),
+        batch=BatchSettings(size=64, micro="8", keep="2", batch_norm="per_micro_batch"),
+        optim=OptimSettings(warmup_steps=2),
+        train=TrainSettings(steps=STEPS, checkpoint_every_steps=3, device="cpu"),
+    )
+
+
+class Torchrun:
+    """A run of two processes under torchrun: the processes, what each of them says, and the folder that it leaves."""
+
+    def __init__(self, folder: Path, config: Path, *options: str) -> None:
+        self.folder = folder
+        self.logs = folder.with_name(f"{folder.name}.logs{time.monotonic_ns()}")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        redirected = ["--log-dir", str(self.logs), "--redirects", "3"]
+        train = ["-m", "triscale", "train", "--config", str(config), "--run.dir", str(folder), *options]
+        self.process = subprocess.Popen(
+            [*torchrun, *redirected, *train],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def rank(self, number: int) -> psutil.Process:
+        """The process of a rank."""
+        for child in psutil.Process(self.process.pid).children():
+            if child.environ().get("RANK") == str(number):
+                return child
+        raise AssertionError(f"there is no rank {number}")
+
+    def wait_for_step(self, step: int) -> None:
+        """Return as soon as the run has logged `step`."""
+        deadline = time.monotonic() + 240
+        while last_step(self.folder) < step:
+            assert self.process.poll() is None and time.monotonic() < deadline, "the run ended too early"
+            time.sleep(0.005)
+
+    def end(self, seconds: float = 240.0) -> int:
+        """Wait for the end of torchrun and give its exit status; too late is a failure, and leaves nothing running."""
+        try:
+            return self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            for process in (*psutil.Process(self.process.pid).children(recursive=True), self.process):
+                process.kill()
+            raise
+
+    def said(self, number: int) -> list[str]:
+        """The lines that a rank wrote to stderr."""
+        (file,) = self.logs.glob(f"*/attempt_0/{number}/stderr.log")
+        return file.read_text().splitlines()
+
+
+def last_step(folder: Path) -> int:
+    try:
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return 0
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return json.loads(whole[-1])["step"] if whole else 0
+
+
+def checkpoints(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*"))
+
+
+def weights(folder: Path, step: int = STEPS) -> dict[str, Tensor]:
+    tensors = load_file(folder / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def assert_same_weights(folder: Path, other: Path) -> None:
+    found, expected = weights(folder), weights(other)
+    assert found.keys() == expected.keys()
+    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    path = folder / "small.json"
+    path.write_text(json.dumps(to_dict(small_config(folder))))
+    return path
+
+
+def test_after_a_rank_is_killed_the_other_ends_in_one_line_and_the_same_command_goes_on(
+    config_file: Path, in_trouble: tuple[Path, list[dict[str, str]]], tmp_path: Path
+) -> None:
+    run = Torchrun(tmp_path / "run", config_file)
+    run.wait_for_step(5)
+    survivor = run.rank(0)
+    run.rank(1).kill()
+    survivor.wait(timeout=25)  # by itself: torchrun would kill it after 30 s
+    assert run.end(seconds=30) != 0
+    assert_ended_for_the_other(run.said(0))
+    assert checkpoints(run.folder) == [3], "nothing is saved after the loss"
+
+    again = Torchrun(tmp_path / "run", config_file)
+    assert again.end() == 0, again.said(0)
+    assert f"step 3 of {STEPS}" in again.said(0)[0]
+    assert_same_weights(run.folder, in_trouble[0] / "undisturbed")
+
+
+@pytest.mark.slow
+def test_after_a_rank_hangs_the_other_ends_within_the_timeout(config_file: Path, tmp_path: Path) -> None:
+    run = Torchrun(tmp_path / "run", config_file, "--train.collective-timeout-seconds", "5")
+    run.wait_for_step(5)
+    survivor = run.rank(0)
+    run.rank(1).suspend()
+    survivor.wait(timeout=25)
+    assert run.end(seconds=60) != 0  # torchrun takes half a minute more to kill a process that does not listen
+    assert_ended_for_the_other(run.said(0))
+    assert checkpoints(run.folder) == [3]
+
+
+def assert_ended_for_the_other(said: Sequence[str]) -> None:
+    """Rank 0 must have ended in one line of its own."""
+    assert said[-1].startswith("triscale: process 0 of 2 lost contact with the others")
+    assert "checkpoint step_00000003 stands, and the same command goes on from there" in said[-1]
+    assert not [line for line in said if "Traceback" in line]
+    assert len([line for line in said if line.startswith("triscale:")]) == 1
+
+
+def attempt(
+    folder: Path,
+    config: RunConfig,
+    *,
+    tower: Callable[[Tensor], Tensor | None] = lambda output: None,
+    read: Callable[[], None] = lambda: None,
+) -> str:
+    """Train in this rank's process; how it ended: "status N", or the one line of the error.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        tower: called with every output of the image tower; it may raise, or give another output.
+        read: called before every read of a training sample; it may raise.
+    """
+
+    def make_model(config: RunConfig, vocabulary: int) -> tuple[DualEncoder, nn.Module]:
+        model, loss = assembly.make_model(config, vocabulary)
+        model.image.register_forward_hook(lambda module, inputs, output: tower(output))
+        return model, loss
+
+    class Reading(Scenes):
+        def read(self, index: int, *, image: bool = True) -> Sample:
+            read()
+            return super().read(index, image=image)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "make_model", make_model)
+        patch.setattr(runs, "open_training_data", lambda config: Reading("train"))
+        patch.setattr(rows, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+        try:
+            return f"status {runs.train_run(replace(config, run=RunSettings(dir=str(folder))), 'toy')}"
+        except RunError as error:
+            return str(error)
+
+
+def troubled(rank: int, world: int, folder: str) -> dict[str, str]:
+    """Runs of two ranks, in which something happens to rank 1 alone; how each of them ended on this rank."""
+    config, place = small_config(Path(folder)), Path(folder)
+    ended = {"undisturbed": attempt(place / "undisturbed", config)}
+
+    # Each step calls the image tower 4 times in the first pass and 2 in the second: of 4 micro-batches 2 are kept.
+    calls = itertools.count()
+    every_step = replace(config, train=replace(config.train, checkpoint_every_steps=1, keep_checkpoints=STEPS))
+    ended["not finite"] = attempt(
+        place / "not finite",
+        every_step,
+        tower=lambda output: output * math.nan if rank == 1 and next(calls) >= 5 * 6 else None,
+    )
+
+    # Each step reads 32 rows in the first pass and 16 in the second. Before it a few are read to measure.
+    reads = itertools.count()
+    second_pass_of_step_5 = PROBE_ROWS + 4 * (32 + 16) + 32 + 5
+
+    def unreadable() -> None:
+        if rank == 1 and next(reads) >= second_pass_of_step_5:
+            raise OSError("the disk is gone")
+
+    streamed = replace(config, memory=MemorySettings(host_gib=1e-9))
+    ended["unreadable"] = attempt(place / "unreadable", streamed, read=unreadable)
+    ended["readable again"] = attempt(place / "unreadable", config)
+
+    def out_of_memory(output: Tensor) -> None:
+        if rank == 1 and len(output) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    ended["small"] = attempt(place / "small", replace(config, batch=replace(config.batch, micro="4", keep="0")))
+    ended["out of memory"] = attempt(place / "out of memory", config, tower=out_of_memory)
+    if rank == 0:
+        shutil.copytree(place / "out of memory", place / "resumed")
+        shutil.rmtree(place / "resumed" / "checkpoints" / f"step_{STEPS:08d}")
+    distributed.barrier()
+    ended["resumed"] = attempt(place / "resumed", config, tower=out_of_memory)
+    return ended
+
+
+@pytest.fixture(scope="module")
+def in_trouble(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, str]]]:
+    """The folder of the runs of `troubled`, and how they ended by rank."""
+    folder = tmp_path_factory.mktemp("troubled")
+    small_config(folder)
+    ended = run_ranks(troubled, 2, str(folder))
+    assert [each["undisturbed"] for each in ended] == ["status 0"] * 2
+    return folder, ended
+
+
+def test_three_losses_that_are_not_finite_end_all_ranks_with_the_weights_of_the_last_good_step(
+    in_trouble: tuple[Path, list[dict[str, str]]],
+) -> None:
+    folder, ended = in_trouble
+    for each in ended:
+        assert "the loss was not finite in steps 6 to 8" in each["not finite"]
+        assert "the weights are those of step 5" in each["not finite"]
+    assert checkpoints(folder / "not finite") == list(range(1, 9))
+    good, last = weights(folder / "not finite", 5), weights(folder / "not finite", 8)
+    assert not [name for name in good if not torch.equal(good[name], last[name])]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in last.values())
+
+
+def test_a_read_that_fails_in_the_second_pass_ends_all_ranks_and_going_on_leaves_no_trace_of_it(
+    in_trouble: tuple[Path, list[dict[str, str]]],
+) -> None:
+    folder, (first, second) = in_trouble
+    assert "could not be read in 4 tries: the disk is gone" in second["unreadable"]
+    assert "another process failed in this step" in first["unreadable"]
+    assert first["readable again"] == second["readable again"] == "status 0"
+    assert checkpoints(folder / "unreadable") == [4, 6, 9], "the last good step is 4"
+    assert_same_weights(folder / "unreadable", folder / "undisturbed")
+
+
+def test_an_out_of_memory_on_one_rank_makes_all_take_less_from_then_on(
+    in_trouble: tuple[Path, list[dict[str, str]]],
+) -> None:
+    folder, ended = in_trouble
+    assert [each["out of memory"] for each in ended] == ["status 0"] * 2
+    assert_same_weights(folder / "out of memory", folder / "small")
+    resolved = json.loads((folder / "out of memory" / "resolved.json").read_text())
+    assert resolved["plans"] == dict.fromkeys(("image", "text"), {"micro_batch": 4, "keep": 0})
+    assert len(resolved["recoveries"]) == 2
+    assert all(line.startswith("out of memory in step 1: ") for line in resolved["recoveries"])
+
+
+def test_a_resume_after_an_out_of_memory_begins_with_what_fitted(
+    in_trouble: tuple[Path, list[dict[str, str]]],
+) -> None:
+    folder, ended = in_trouble
+    assert [each["resumed"] for each in ended] == ["status 0"] * 2
+    assert_same_weights(folder / "resumed", folder / "small")
+    before, after = (json.loads((folder / name / "resolved.json").read_text()) for name in ("out of memory", "resumed"))
+    assert after == before, "memory ran out again"
