@@ -32,7 +32,7 @@ def test_help_answers_in_under_half_a_second() -> None:
         done = subprocess.run([sys.executable, "-m", "triscale", "--help"], capture_output=True, text=True, check=True)
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 0.5
-    for command in ("train", "eval", "classify", "verify", "data"):
+    for command in ("train", "eval", "classify", "verify", "bench", "data"):
         assert command in done.stdout
 
 
@@ -58,6 +58,23 @@ def test_help_answers_in_under_half_a_second() -> None:
         (["data", "pact"], ["pact", "pack"]),
         (["data", "pack", "emoji", "/nowhere/x"], ["emoji", "scenes"]),
         (["data", "tokenizer", "/nowhere/*.tar", "out.model"], ["/nowhere"]),
+        (["bench", "los"], ["los", "did you mean 'loss'"]),
+        (["bench", "loss", "--losses", "infonce"], ["infonce", "info_nce", "nt_xent"]),
+        (["bench", "loss", "--losses"], ["nothing to measure"]),
+        (["bench", "loss", "--batches", "64", "0"], ["--batches", "64 0"]),
+        (["bench", "loss", "--width", "0"], ["--width"]),
+        (["bench", "loss", "--scale", "0"], ["--scale"]),
+        (["bench", "loss", "--device", "tpu"], ["--device", "tpu", "cpu"]),
+        (["bench", "loss", "--threads", "-1"], ["--threads"]),
+        (["bench", "loss", "--json", "/nowhere/x.json"], ["--json", "/nowhere/x.json"]),
+        (["bench", "loss", "--picture", "/nowhere/x.png"], ["--picture", "/nowhere/x.png"]),
+        (["bench", "step", "--micro", "0"], ["--micro"]),
+        (["bench", "step", "--rounds", "0"], ["--rounds"]),
+        (["bench", "step", "--batches", "100", "--micro", "64"], ["100", "64"]),
+        (["bench", "step", "--keep", "some"], ["--keep", "some"]),
+        (["bench", "step", "--remat", "all"], ["all", "selective"]),
+        (["bench", "step", "--towers", "emojy"], ["emojy", "did you mean 'emoji'"]),
+        (["bench", "step", "--budget-gib", "-1"], ["--budget-gib"]),
     ],
 )
 def test_a_mistake_gets_one_short_message_and_status_two(

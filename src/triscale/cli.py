@@ -272,7 +272,45 @@ def data_tokenizer(arguments: Sequence[str]) -> int:
     return 0
 
 
+def bench(arguments: Sequence[str]) -> int:
+    """Measure time and memory, beside other packages."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        rows = "\n".join(f"  {name:<10} {text}" for name, (_, text) in BENCH_COMMANDS.items())
+        print(f"usage: triscale bench COMMAND ...\n\n{rows}")
+        return 0 if arguments else 2
+    command, _ = _choose(BENCH_COMMANDS, arguments[0], "command of triscale bench")
+    return command(arguments[1:])
+
+
+def bench_loss(arguments: Sequence[str]) -> int:
+    """Forward and backward of the losses against the batch: time, memory, share of the least arithmetic."""
+    from triscale.options import BenchLossOptions
+
+    options = _parse(BenchLossOptions, arguments, "triscale bench loss", bench_loss.__doc__ or "")
+    from triscale.bench import commands
+
+    report = commands.bench_loss(options, arguments, _report)
+    _write_json(options.json, report.values())
+    return 0
+
+
+def bench_step(arguments: Sequence[str]) -> int:
+    """The gradient of a whole contrastive batch against the batch: time, memory, errors, share of the arithmetic."""
+    from triscale.options import BenchStepOptions
+
+    options = _parse(BenchStepOptions, arguments, "triscale bench step", bench_step.__doc__ or "")
+    from triscale.bench import commands
+
+    report = commands.bench_step(options, arguments, _report)
+    _write_json(options.json, report.values())
+    return 0
+
+
 Command = Callable[[Sequence[str]], int]
+BENCH_COMMANDS: dict[str, tuple[Command, str]] = {
+    "loss": (bench_loss, "forward and backward of the losses, tiled, dense and by peers"),
+    "step": (bench_step, "the gradient of a whole contrastive batch, by the step, plain autograd and peers"),
+}
 DATA_COMMANDS: dict[str, tuple[Command, str]] = {
     "pack": (data_pack, "write the embedded data set as tar shards and evaluation sets"),
     "tokenizer": (data_tokenizer, "train a sentencepiece tokenizer from captions"),
@@ -282,5 +320,6 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "eval": (evaluate, "score a run on evaluation sets"),
     "classify": (classify, "tell which of your labels fits each of your images"),
     "verify": (verify, "hold the exact step against plain autograd for a recipe's own towers"),
+    "bench": (bench, "measure time and memory beside other packages: loss, step"),
     "data": (data, "write data sets and tokenizers: pack, tokenizer"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -74,3 +75,71 @@ class TokenizerOptions:
     """Largest number of tokens; it shrinks to what the captions allow."""
     fields: tuple[str, ...] = ("txt",)
     """Where captions come from: "txt", or "json:NAME" for a field of the sidecar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchLossOptions:
+    """triscale bench loss"""
+
+    losses: tuple[Literal["info_nce", "sigmoid", "nt_xent"], ...] = ("info_nce", "sigmoid", "nt_xent")
+    """Losses to measure, forward and backward."""
+    batches: tuple[int, ...] = (1024, 4096, 16384)
+    """B: pairs, or for nt_xent images with two views each."""
+    width: int = 512
+    """d of the embeddings, which are random."""
+    forms: tuple[Literal["tiled", "dense"], ...] = ("tiled", "dense")
+    """Our own forms."""
+    scale: float = 14.3
+    """Factor on the cosines, 1 / temperature."""
+    rounds: int = 5
+    """Times that each method is timed, in turns with the others; the median counts."""
+    peers: bool = True
+    """Measure open_clip's and lightly's losses too, where they are installed: pip install 'triscale[peers]'."""
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    """Of the embeddings and of the matrix product that gives the machine's rate."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    threads: int = 0
+    """Threads on the CPU; 0: as many as torch takes by itself."""
+    reuse_buffers: bool = True
+    """Have the C library keep freed memory, as in training; for all methods, ours and peers'."""
+    json: str = ""
+    """File for all figures as JSON, in seconds and bytes."""
+    picture: str = ""
+    """PNG file for memory and time per sample against B."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchStepOptions:
+    """triscale bench step"""
+
+    towers: tuple[str, ...] = ("vit-tiny",)
+    """Towers: "vit-tiny" (ViT of 6 layers, width 192, patch 8 at 64 pixels; text transformer of the same size over
+    32 tokens), "open-clip" (the same from open_clip's own modules), or recipes. Inputs are random, dropout is off."""
+    batches: tuple[int, ...] = (256, 1024, 4096)
+    """B: pairs in a step; multiples of the micro-batch."""
+    micro: int = 64
+    """m: samples that go through a tower at once, in every method."""
+    keep: tuple[str, ...] = ("0", "auto")
+    """Our step's micro-batches without a second pass, each a row of its own: numbers, "auto", or by lane
+    ("image=2,text=auto")."""
+    remat: tuple[Literal["none", "block", "selective"], ...] = ("none",)
+    """Rematerialisations that our step is measured with."""
+    budget_gib: float = 0.0
+    """Memory for activations in GiB, of keep "auto" and of plain autograd; 0: 90 % of free CUDA memory, half of what
+    is available on CPU."""
+    rounds: int = 3
+    """Times that each method is timed, in turns with the others; the median counts."""
+    peers: bool = True
+    """Measure open_clip's accumulation, GradCache and sentence-transformers' cached loss too, where they are
+    installed: pip install 'triscale[peers]'."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    threads: int = 0
+    """Threads on the CPU; 0: as many as torch takes by itself."""
+    reuse_buffers: bool = True
+    """Have the C library keep freed memory, as in training; for all methods, ours and peers'."""
+    json: str = ""
+    """File for all figures as JSON, in seconds and bytes."""
+    picture: str = ""
+    """PNG file for memory and time per sample against B."""
