@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from triscale.bench.measure import MIB, status_bytes
 from triscale.losses import InfoNCE, dense
 from triscale.training.host_memory import reuse_large_buffers
 from triscale.training.step import ContrastiveStep
@@ -47,7 +48,6 @@ PEER = "open_clip"
 PEER_REUSING = "open_clip, memory kept"
 KEEP: dict[str, int | Literal["auto"]] = {"keep=0": 0, "keep=auto": "auto"}
 METHODS = (PEER, PEER_REUSING, *KEEP)
-MIB = 2**20
 
 Step = Callable[[], Tensor]
 """Fills every `.grad` of the towers, takes an optimizer step of length zero; returns the temperature's gradient."""
@@ -156,16 +156,9 @@ def true_temperature_gradient(model: nn.Module, inputs: dict[str, Tensor], micro
     x, y = F.normalize(x.double()), F.normalize(y.double())
     logit_scale = torch.tensor(math.log(INITIAL_SCALE), dtype=torch.float64, requires_grad=True)
     with torch.enable_grad():
-        dense.info_nce(x, y, logit_scale, None).backward()
+        loss, _ = dense.info_nce(x, y, logit_scale)
+        loss.backward()
     return float(logit_scale.grad)
-
-
-def status_bytes(field: str) -> int:
-    """A size of this process as Linux counts it: VmRSS, resident now; VmHWM, its largest since the last reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def work(method: str, options: Namespace, line: Connection) -> None:

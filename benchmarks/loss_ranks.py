@@ -25,21 +25,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from triscale.bench.measure import MIB, status_bytes
 from triscale.distributed import rows_of
 from triscale.losses import InfoNCE, NTXent, Sigmoid, tiles
 from triscale.losses.contrastive import ContrastiveLoss
 
 LOSSES = ("info_nce", "sigmoid", "nt_xent")
 EXCHANGES = ("gather", "blocks")
-MIB = 2**20
-
-
-def _status_bytes(field: str) -> int:
-    """A size of this process as Linux counts it: VmRSS, resident now; VmHWM, its largest since the last reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def _make(name: str, exchange, batch: int) -> ContrastiveLoss:
@@ -75,14 +67,14 @@ def _rank(rank: int, world: int, folder: str, name: str, exchange: str, batch: i
         for e in rows:
             e.grad = None
         dist.barrier()
-        before = _status_bytes("VmRSS")
+        before = status_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         wall, cpu = time.perf_counter(), time.process_time()
         loss(*rows).backward()
         cpu_seconds.append(time.process_time() - cpu)
         wall_seconds.append(time.perf_counter() - wall)
         if repeat == 0:  # afterwards the allocator holds what the first call had
-            peak = _status_bytes("VmHWM") - before
+            peak = status_bytes("VmHWM") - before
     figures = {"cpu_seconds": statistics.median(cpu_seconds), "wall_seconds": statistics.median(wall_seconds)}
     Path(folder, f"{rank}.json").write_text(json.dumps({**figures, "peak_bytes": peak}))
     dist.barrier()

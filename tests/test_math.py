@@ -430,7 +430,7 @@ def test_the_figures_of_the_example_are_the_formulas() -> None:
                 "InfoNCE in tiles": f"{8 * rows * total * width / 1e12:.1f} TFLOP",
                 "dense": f"{6 * total**2 * width / 1e12:.1f} TFLOP, {4 * total**2 / 1e9:.1f} GB",
                 "embeddings": f"{4 * rows * width / 1e6:.0f} MB",
-                "loss, peak, gather": f"{4 * width * (3 * rows if world == 1 else 2 * rows + 2 * total) / 1e6:.0f} MB",
+                "loss, peak, gather": f"{4 * width * (3 * rows + (total if world > 1 else 0)) / 1e6:.0f} MB",
                 "loss, peak, blocks": f"{4 * width * 3 * rows / 1e6:.0f} MB",
                 "activations of the whole": f"{activations * rows / 1e12:.2f} TB",
                 "loss's exchange": f"{2 * rho * total * width * 4 / 1e6:.0f} MB",

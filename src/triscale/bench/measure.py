@@ -125,7 +125,7 @@ def product(dtype: torch.dtype, device: torch.device) -> tuple[Call, float]:
     return Call(run=run), 2.0 * side**3
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     """A size of this process as Linux counts it: VmRSS, resident now; VmHWM, its largest since the last reset."""
     for line in STATUS.read_text().splitlines():
         if line.startswith(f"{field}:"):
@@ -155,9 +155,9 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:  # not allowed in some containers
         return None
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     call.run()
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
 def in_fresh_process(job: Mapping[str, Any]) -> int | None:

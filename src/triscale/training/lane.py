@@ -105,7 +105,7 @@ class Lane:
         self.kept: list[Tensor] = []
         self.embeddings: Tensor | None = None
         self.seen = torch.empty(0)
-        self.differences: list[Tensor] = []
+        self.difference = torch.zeros((), device=self.device)
 
     def embed(self, inputs: Tensor, rows: slice) -> Tensor:
         """Tower outputs (m, d) of `inputs`, in float32 or better, under the random numbers of `rows`."""
@@ -161,7 +161,7 @@ class Lane:
             return
         buffers = [(b, b.clone()) for b in self.tower.buffers()]
         if self.sharded:
-            gradient = gradient * distributed.world_size()
+            gradient = gradient.mul_(distributed.world_size())
         ahead = self._read_ahead(self.parts[: self.first_kept][::-1])
         for index in reversed(range(len(self.parts))):
             rows = self.parts[index]
@@ -175,13 +175,15 @@ class Lane:
     def _embed_again(self, inputs: Tensor, rows: slice) -> Tensor:
         with torch.enable_grad():
             output = self.embed(inputs, rows)
-        self.differences.append((output.detach()[:, :COMPARED_COLUMNS] - self.seen[rows]).abs().max())
+        difference = (output.detach()[:, :COMPARED_COLUMNS] - self.seen[rows]).abs().max()
+        # In place: a number kept of every micro-batch would lie between the activations and split up the host's heap.
+        self.difference.copy_(torch.maximum(self.difference, difference))
         return output
 
     @property
     def replay_error(self) -> float:
         """The largest difference between an embedding of the first pass and that of the second."""
-        return float(torch.stack(self.differences).max()) if self.differences else 0.0
+        return float(self.difference)
 
 
 def put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
