@@ -22,7 +22,7 @@ class ContrastiveLoss(nn.Module, ABC):
         logit_scale: initial factor on the cosines. The parameter `logit_scale` is its natural logarithm, as CLIP's.
         max_logit_scale: `clamp_()` keeps the factor at most this; 0: no clamp.
         exchange: how tiles get the rows of other ranks: "gather" all at once, O(B*d) memory on each; "blocks" one
-            after the other, O(B*d/W) memory and twice the traffic. The results are the same.
+            after the other, O(B*d/W) memory and up to twice the traffic. The results are the same.
         learn_temperature: whether `logit_scale` takes a gradient.
 
     Raises:
