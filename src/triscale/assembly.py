@@ -121,6 +121,8 @@ def make_model(config: RunConfig, vocabulary: int) -> tuple[DualEncoder, Contras
         logit_scale=settings.logit_scale,
         max_logit_scale=settings.max_logit_scale,
         exchange=settings.exchange,
+        products=settings.products,
+        skip_negligible=settings.skip_negligible,
     )
     return model, loss
 

@@ -165,22 +165,38 @@ def reduce_scatter_rows(tensor: Tensor, counts: list[int]) -> Tensor:
     return mine[: counts[rank()]]
 
 
-def broadcast_rows(mine: Tensor, counts: list[int], source: int) -> Tensor:
-    """The rows of rank `source`, (counts[source], ...), on every rank; `mine` (counts[rank], ...) is this rank's."""
+class Pending:
+    """A collective under way, whose tensor is touched by nobody before `wait`."""
+
+    def __init__(self, tensor: Tensor, work: dist.Work | None) -> None:
+        self._tensor, self._work = tensor, work
+
+    def wait(self) -> Tensor:
+        """The tensor, complete: with gloo as soon as this returns, with NCCL for what is queued from now on.
+
+        Must be called under the stream that was current when it began.
+        """
+        work, self._work = self._work, None
+        if work is not None:
+            with _others():
+                work.wait()
+        return self._tensor
+
+
+def start_broadcast(rows: Tensor, source: int) -> Pending:
+    """Begin to fill `rows`, contiguous and of one shape on every rank, with those of rank `source`."""
     if world_size() == 1:
-        return mine
-    rows = mine.contiguous() if rank() == source else mine.new_empty((counts[source], *mine.shape[1:]))
+        return Pending(rows, None)
     with _others():
-        dist.broadcast(rows, src=source)
-    return rows
+        return Pending(rows, dist.broadcast(rows, src=source, async_op=True))
 
 
-def reduce_rows_(tensor: Tensor, to: int) -> Tensor:
-    """Sum `tensor` over ranks into rank `to`, in place; what the others hold afterwards is undefined."""
-    if world_size() > 1:
-        with _others():
-            dist.reduce(tensor, dst=to, op=dist.ReduceOp.SUM)
-    return tensor
+def start_reduce(tensor: Tensor, to: int) -> Pending:
+    """Begin to sum `tensor` over ranks into rank `to`, in place; what the others hold afterwards is undefined."""
+    if world_size() == 1:
+        return Pending(tensor, None)
+    with _others():
+        return Pending(tensor, dist.reduce(tensor, dst=to, op=dist.ReduceOp.SUM, async_op=True))
 
 
 def barrier() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+from triscale.errors import UsageError
 from triscale.losses.contrastive import ContrastiveLoss
 from triscale.losses.info_nce import InfoNCE
 from triscale.losses.nt_xent import NTXent
@@ -11,8 +13,15 @@ from triscale.losses.sigmoid import Sigmoid
 
 __all__ = ["PAIR_LOSSES", "InfoNCE", "NTXent", "Sigmoid"]
 
+
+def _sigmoid(batch_size: int, skip_negligible: bool = False, **options: Any) -> Sigmoid:
+    if skip_negligible:
+        raise UsageError("the sigmoid loss has one sweep, in which no tile can be left out: drop skip_negligible")
+    return Sigmoid(batch_size=batch_size, **options)
+
+
 PAIR_LOSSES: dict[str, Callable[..., ContrastiveLoss]] = {
     "info_nce": lambda batch_size, **options: InfoNCE(**options),
-    "sigmoid": lambda batch_size, **options: Sigmoid(batch_size=batch_size, **options),
+    "sigmoid": _sigmoid,
 }
 """Losses of image-text pairs by name: the contrastive batch and the options that all have -> the loss."""

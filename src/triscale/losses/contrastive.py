@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from triscale.errors import UsageError
 from triscale.losses.columns import Exchange
+from triscale.losses.tiled import Options
+from triscale.losses.tiles import Products
 
 
 class ContrastiveLoss(nn.Module, ABC):
@@ -21,12 +23,18 @@ class ContrastiveLoss(nn.Module, ABC):
             only the rows that it is given.
         logit_scale: initial factor on the cosines. The parameter `logit_scale` is its natural logarithm, as CLIP's.
         max_logit_scale: `clamp_()` keeps the factor at most this; 0: no clamp.
-        exchange: how tiles get the rows of other ranks: "gather" all at once, O(B*d) memory on each; "blocks" one
-            after the other, O(B*d/W) memory and up to twice the traffic. The results are the same.
+        exchange: how tiles get the rows of other ranks: "gather" all at once, O(B*d) memory on each; "blocks" a piece
+            after the other, O(B*d/W) memory and up to twice the traffic; "auto" the first up to 1 GiB of these rows.
+            The results are the same.
+        products: arithmetic of the tiles' products on CUDA, summed in float32 whatever it is: "float32", "tf32", "bf16"
+            or "fp16" round unit rows and weights to that; "inputs" takes that of the rows. Other devices compute in
+            float32 or better.
+        skip_negligible: leave tiles out of the gradients whose weights are below the products' rounding in both
+            directions (`negligible` bounds the error). It saves time where trained rows come in clusters.
         learn_temperature: whether `logit_scale` takes a gradient.
 
     Raises:
-        UsageError: a factor is not positive, or `exchange` is another word.
+        UsageError: a factor is not positive, or `exchange` or `products` is another word.
     """
 
     views: ClassVar[int] = 1
@@ -37,18 +45,19 @@ class ContrastiveLoss(nn.Module, ABC):
         tiled: bool,
         logit_scale: float,
         max_logit_scale: float,
-        exchange: Exchange,
+        options: Options,
         learn_temperature: bool = True,
     ) -> None:
         super().__init__()
         if not 0 < logit_scale < math.inf:
             raise UsageError(f"logit_scale must be a positive factor, got {logit_scale}")
-        if exchange not in get_args(Exchange):
-            raise UsageError(f"exchange is {exchange!r}: it must be one of {', '.join(get_args(Exchange))}")
+        for name, words in (("exchange", get_args(Exchange)), ("products", get_args(Products))):
+            if (given := getattr(options, name)) not in words:
+                raise UsageError(f"{name} is {given!r}: it must be one of {', '.join(words)}")
         self.takes_local_rows = tiled
         """Whether `forward` takes a rank's rows and returns the loss over all ranks' (ContrastiveStep asks)."""
         self.max_logit_scale = max_logit_scale
-        self.exchange: Exchange = exchange
+        self.options = options
         self.logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)), requires_grad=learn_temperature)
         self.metrics: dict[str, Tensor] = {}
         """Of the last forward pass: in-batch accuracy, and the parameters as factor and bias on the cosines."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from triscale.losses import dense, tiled
 from triscale.losses.columns import Exchange
 from triscale.losses.contrastive import ContrastiveLoss, check_pairs, full_precision, without_autocast
+from triscale.losses.tiled import Options
+from triscale.losses.tiles import Products
 
 
 @final
@@ -21,7 +23,7 @@ class InfoNCE(ContrastiveLoss):
     P(i) the rows with i's id, all rows in the denominator.
 
     Args:
-        tiled, logit_scale, max_logit_scale, exchange: see `ContrastiveLoss`.
+        tiled, logit_scale, max_logit_scale, exchange, products, skip_negligible: see `ContrastiveLoss`.
 
     Source: Radford et al., arXiv 2103.00020, figure 3; Pham et al., arXiv 2111.10050, section 3.
 
@@ -36,9 +38,11 @@ class InfoNCE(ContrastiveLoss):
         *,
         logit_scale: float = 1 / 0.07,
         max_logit_scale: float = 100.0,
-        exchange: Exchange = "gather",
+        exchange: Exchange = "auto",
+        products: Products = "inputs",
+        skip_negligible: bool = False,
     ) -> None:
-        super().__init__(tiled, logit_scale, max_logit_scale, exchange)
+        super().__init__(tiled, logit_scale, max_logit_scale, Options(exchange, products, skip_negligible))
 
     def forward(
         self, x: Float[Tensor, "b d"], y: Float[Tensor, "b d"], ids: Int[Tensor, " b"] | None = None
@@ -54,7 +58,7 @@ class InfoNCE(ContrastiveLoss):
         check_pairs("InfoNCE", x, y, ids)
         with without_autocast(x):
             if self.takes_local_rows:
-                loss, accuracy = tiled.info_nce(x, y, self.logit_scale, ids, self.exchange)
+                loss, accuracy = tiled.info_nce(x, y, self.logit_scale, ids, self.options)
             else:
                 loss, accuracy = dense.info_nce(full_precision(x), full_precision(y), self.logit_scale, ids)
         self.metrics = {"accuracy": accuracy, "logit_scale": self.logit_scale.detach().exp()}

@@ -11,6 +11,8 @@ from triscale.errors import UsageError
 from triscale.losses import dense, tiled
 from triscale.losses.columns import Exchange
 from triscale.losses.contrastive import ContrastiveLoss, check_ids, full_precision, without_autocast
+from triscale.losses.tiled import Options
+from triscale.losses.tiles import Products
 
 
 @final
@@ -24,7 +26,7 @@ class NTXent(ContrastiveLoss):
     Args:
         temperature: divides the cosines. The parameter `logit_scale` is ln(1 / temperature).
         learn_temperature: whether that parameter takes a gradient; SimCLR keeps it fixed.
-        tiled, max_logit_scale, exchange: see `ContrastiveLoss`.
+        tiled, max_logit_scale, exchange, products, skip_negligible: see `ContrastiveLoss`.
 
     Source: Chen et al., arXiv 2002.05709, equation 1.
 
@@ -42,11 +44,15 @@ class NTXent(ContrastiveLoss):
         *,
         learn_temperature: bool = False,
         max_logit_scale: float = 100.0,
-        exchange: Exchange = "gather",
+        exchange: Exchange = "auto",
+        products: Products = "inputs",
+        skip_negligible: bool = False,
     ) -> None:
         if not temperature > 0:
             raise UsageError(f"temperature must be positive, got {temperature}")
-        super().__init__(tiled, 1 / temperature, max_logit_scale, exchange, learn_temperature)
+        super().__init__(
+            tiled, 1 / temperature, max_logit_scale, Options(exchange, products, skip_negligible), learn_temperature
+        )
 
     def forward(self, z: Float[Tensor, "n d"], ids: Int[Tensor, " b"] | None = None) -> Float[Tensor, ""]:
         """The loss of tower outputs z (2b, d), the views of image i at rows i and b+i; they are normalised here.
@@ -62,7 +68,7 @@ class NTXent(ContrastiveLoss):
         check_ids("NTXent", len(z) // 2, ids)
         with without_autocast(z):
             if self.takes_local_rows:
-                loss, accuracy = tiled.nt_xent(z, self.logit_scale, ids, self.exchange)
+                loss, accuracy = tiled.nt_xent(z, self.logit_scale, ids, self.options)
             else:
                 loss, accuracy = dense.nt_xent(full_precision(z), self.logit_scale, ids)
         self.metrics = {"accuracy": accuracy, "logit_scale": self.logit_scale.detach().exp()}

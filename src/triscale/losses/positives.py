@@ -17,6 +17,7 @@ from torch import Tensor
 
 from triscale import distributed
 from triscale.losses.columns import RankRows
+from triscale.losses.tiles import precise_dtype
 
 GROUPS_AT_ONCE = 4096
 ROWS_AT_ONCE = 4096
@@ -96,26 +97,28 @@ class PositiveSums:
 
     def _group_sums(self, groups: Groups) -> Tensor:
         """The sum over all ranks of every group that this rank has a row in."""
-        sums = self._partners.new_empty((len(self._local), self._partners.shape[1]))
+        width = self._partners.shape[1]
+        sums = self._partners.new_empty((len(self._local), width), dtype=precise_dtype(self._partners.dtype))
         for first in range(0, groups.shared, GROUPS_AT_ONCE):
             last = min(first + GROUPS_AT_ONCE, groups.shared)
             part = sums.new_zeros((last - first, sums.shape[1]))
             rows = ((groups.slots >= first) & (groups.slots < last)).nonzero()[:, 0]
             for some in rows.split(ROWS_AT_ONCE):
-                part.index_add_(0, groups.slots[some] - first, self._partners[some])
+                part.index_add_(0, groups.slots[some] - first, self._partners[some].to(part.dtype))
             distributed.all_reduce_sum(part)
             here = (self._local >= first) & (self._local < last)
             sums[here] = part[self._local[here] - first]
         return sums
 
     def tile(self, rows: slice) -> Float[Tensor, "r d"]:
-        """The sums of some rows. Perhaps a view: not to be written to."""
-        own = self._partners[rows]
+        """The sums of some rows, in `precise_dtype`. Perhaps a view: not to be written to."""
+        precise = precise_dtype(self._partners.dtype)
+        own = self._partners[rows].to(precise)
         partners = own
         if self._without_self:
             count = len(self._partners)
             index = (torch.arange(rows.start, rows.stop, device=own.device) + count // 2) % count
-            partners = self._partners[index]
+            partners = self._partners[index].to(precise)
         if not len(self._sums):
             return partners
         slots = self._slots[rows, None]

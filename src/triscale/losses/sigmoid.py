@@ -13,6 +13,8 @@ from triscale.errors import UsageError
 from triscale.losses import dense, tiled
 from triscale.losses.columns import Exchange
 from triscale.losses.contrastive import ContrastiveLoss, check_pairs, full_precision, without_autocast
+from triscale.losses.tiled import Options
+from triscale.losses.tiles import Products
 
 
 @final
@@ -26,7 +28,7 @@ class Sigmoid(ContrastiveLoss):
 
     Args:
         batch_size: B, the contrastive batch over all ranks that the bias starts for; at least 2 is taken.
-        tiled, logit_scale, max_logit_scale, exchange: see `ContrastiveLoss`.
+        tiled, logit_scale, max_logit_scale, exchange, products: see `ContrastiveLoss`.
 
     Source: Zhai et al., arXiv 2303.15343, section 3.2 and algorithm 1.
 
@@ -42,9 +44,10 @@ class Sigmoid(ContrastiveLoss):
         batch_size: int,
         logit_scale: float = 10.0,
         max_logit_scale: float = 100.0,
-        exchange: Exchange = "gather",
+        exchange: Exchange = "auto",
+        products: Products = "inputs",
     ) -> None:
-        super().__init__(tiled, logit_scale, max_logit_scale, exchange)
+        super().__init__(tiled, logit_scale, max_logit_scale, Options(exchange, products))
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
         self.logit_bias = nn.Parameter(torch.tensor(-math.log(max(batch_size, 2) - 1)))
@@ -63,7 +66,7 @@ class Sigmoid(ContrastiveLoss):
         check_pairs("Sigmoid", x, y, ids)
         with without_autocast(x):
             if self.takes_local_rows:
-                loss, accuracy = tiled.sigmoid(x, y, self.logit_scale, self.logit_bias, ids, self.exchange)
+                loss, accuracy = tiled.sigmoid(x, y, self.logit_scale, self.logit_bias, ids, self.options)
             else:
                 loss, accuracy = dense.sigmoid(
                     full_precision(x), full_precision(y), self.logit_scale, self.logit_bias, ids

@@ -12,6 +12,8 @@ from two bounds: cosines are at most 1, and by Jensen's inequality a row's log-s
 the logarithm of the number of columns. Elsewhere the two directions get an exponential each, online and with maxima:
 finite at any scale.
 
+**Other devices.** Here are the sweeps in torch's own operations; `cuda_sweeps` has the same ones as kernels.
+
 Shape suffixes: B rows over all ranks, b of this rank, d width, r and c rows and columns of a tile.
 """
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +31,18 @@ from torch import Tensor
 
 from triscale import distributed
 from triscale.losses.columns import Columns, Piece, RankRows
-from triscale.losses.tiles import BestMatch, TileMemory, exponent_shift, precise, precise_sum, row_tiles, tile_minima
+from triscale.losses.negligible import Tile, TileBounds
+from triscale.losses.tiles import (
+    BestMatch,
+    TileMemory,
+    TileShape,
+    exponent_shift,
+    precise,
+    precise_sum,
+    row_tiles,
+    tile_minima,
+    tile_shape,
+)
 
 LARGEST_COSINE = 1 + 1e-4
 """Of unit rows, with rounding."""
@@ -38,26 +52,49 @@ LINEAR_SOFTPLUS = 40.0
 """From here on softplus(l) = l in float64, too."""
 
 
+class LogSumExps(NamedTuple):
+    """What the first sweep of a softmax loss gives, in bits."""
+
+    rows: Float[Tensor, " b"]
+    """log2-sum-exp2 of the scores of each of this rank's rows."""
+    columns: Float[Tensor, " n"] | None
+    """The same of each of all B columns, over all ranks' rows, where wanted."""
+    negligible: frozenset[Tile] = frozenset()
+    """Tiles that the second sweep leaves out."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """All scores of this rank's rows against all columns, a tile at a time."""
 
     x: Float[Tensor, "b d"]
+    """Unit rows, in the precision of the products' operands."""
     columns: Columns
     ranks: RankRows
     scale: float
     """Factor on the cosines."""
-    memory: TileMemory
     without_self: bool = False
     """Whether columns are the same rows, whose scores with themselves are -inf."""
+    tf32: bool = False
+    """Whether products of float32 operands may round these to TF32."""
+    skip_negligible: bool = False
+    """Whether the second sweep leaves out tiles whose weights are below rounding."""
 
-    def tiles(self, piece: Piece, factor: float) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and factor * cosines of each tile under a piece, valid until the next; may be overwritten."""
-        for rows in row_tiles(len(self.x)):
-            tile = self.memory.scores(self.x[rows], piece.rows, factor)
+    def tiles(
+        self, piece: Piece, factor: float, memory: TileMemory, leave_out: frozenset[Tile] = frozenset()
+    ) -> Iterator[tuple[int, slice, Tensor]]:
+        """Number, rows and factor * cosines of each tile under a piece, valid until the next; may be overwritten."""
+        for number, rows in enumerate(row_tiles(self.x)):
+            if (piece.start, rows.start) in leave_out:
+                continue
+            tile = memory.scores(self.x[rows], piece.rows, factor)
             if self.without_self:
                 tile.diagonal(self.ranks.first + rows.start - piece.start).fill_(-torch.inf)
-            yield rows, tile
+            yield number, rows, tile
+
+    def tile_memory(self) -> TileMemory:
+        """For `tiles`."""
+        return TileMemory(self.x, self.columns.longest)
 
     @property
     def bits(self) -> float:
@@ -77,52 +114,64 @@ class Scores:
         """The mean score of each row in bits, given the sum of all rows on the other side."""
         return (rows @ sum_of_others - float(self.without_self)) * (self.bits / self.terms)
 
+    def bounds(self, tile: TileShape) -> TileBounds | None:
+        """Where the first sweep notes what its tiles weigh, if the second is to leave some out."""
+        if not self.skip_negligible:
+            return None
+        partners = self.columns.mine
+        if self.without_self:  # the other view, half the rows further on
+            partners = partners.roll(len(partners) // 2, 0)
+        precise_rows = torch.promote_types(self.x.dtype, torch.float32)
+        own_scores = (self.x.to(precise_rows) * partners.to(precise_rows)).sum(1) * self.bits
+        return TileBounds(own_scores, self.ranks, tile, torch.finfo(self.x.dtype).eps)
 
-def log_sum_exps(
-    scores: Scores, column_sum: Float[Tensor, " d"], best: BestMatch, by_column: bool
-) -> tuple[Float[Tensor, " b"], Float[Tensor, " n"] | None]:
-    """Sweep one: log2-sum-exp2 of the scores of every row (b,) and, over all ranks' rows, of every column (B,).
+
+def log_sum_exps(scores: Scores, best: BestMatch, by_column: bool) -> LogSumExps:
+    """Sweep one.
 
     Args:
-        column_sum: the sum of all columns' unit vectors.
-        by_column: whether the columns' are wanted; otherwise None.
+        by_column: whether the columns' log-sum-exps are wanted.
     """
-    x = scores.x
+    x, memory = scores.x, scores.tile_memory()
     row_lse = x.new_full((len(x),), -torch.inf, dtype=precise(x))
     column_lse = row_lse.new_full((scores.ranks.total,), -torch.inf) if by_column else None
+    column_sum = distributed.all_reduce_sum(scores.columns.mine.sum(0))
     row_sum = distributed.all_reduce_sum(x.sum(0)) if by_column else column_sum
     jensen = math.log2(scores.terms)
     row_bounds = tile_minima(scores.mean_scores(x, column_sum) + jensen)
+    bounds = scores.bounds(tile_shape(x.device))
     for piece in scores.columns.pieces():
         column_bound = float(scores.mean_scores(piece.rows, row_sum).min()) + jensen if by_column else math.inf
-        for (rows, tile), row_bound in zip(scores.tiles(piece, scores.bits), row_bounds, strict=True):
+        for number, rows, tile in scores.tiles(piece, scores.bits, memory):
             best.see(tile, rows, piece.start)
-            shift = scores.shift(min(row_bound, column_bound))
+            shift = scores.shift(min(row_bounds[number], column_bound))
             if shift is not None:
                 _exp2_(tile, shift)
-            _fold_(row_lse[rows], tile, shift, 1)
-            if column_lse is not None:
-                _fold_(column_lse[piece.columns], tile, shift, 0)
-    return row_lse, None if column_lse is None else _over_ranks(column_lse)
+            of_rows = _fold_(row_lse[rows], tile, shift, 1)[None]
+            of_columns = None if column_lse is None else _fold_(column_lse[piece.columns], tile, shift, 0)[None]
+            if bounds is not None:
+                bounds.see(piece.columns, rows, of_rows, of_columns)
+    if column_lse is not None:
+        column_lse = over_ranks(column_lse)
+    return LogSumExps(row_lse, column_lse, frozenset() if bounds is None else bounds.negligible())
 
 
-def softmax_gradients(
-    scores: Scores, row_lse: Tensor, column_lse: Tensor, grad_x: Float[Tensor, "b d"], by_column: bool
-) -> None:
+def softmax_gradients(scores: Scores, lse: LogSumExps, grad_x: Float[Tensor, "b d"], by_column: bool) -> None:
     """Sweep two: adds G y to `grad_x` and gives G^T x to the columns, G the sum of the row and the column softmax.
 
     Args:
-        row_lse, column_lse: in bits; (b,) and (B,).
+        lse: with that of the columns.
         by_column: whether the columns want a gradient; NT-Xent's do not, whose G is symmetric.
     """
-    row_bounds = tile_minima(row_lse)
+    assert lse.columns is not None
+    row_bounds, memory = tile_minima(lse.rows), scores.tile_memory()
     for piece in scores.columns.pieces():
-        of_columns = column_lse[piece.columns]
+        of_columns = lse.columns[piece.columns]
         column_bound = float(of_columns.min())
         grad_piece = torch.zeros_like(piece.rows) if by_column else None
-        for (rows, tile), row_bound in zip(scores.tiles(piece, scores.bits), row_bounds, strict=True):
-            shift = scores.shift(min(row_bound, column_bound))
-            _softmaxes_(tile, row_lse[rows, None], of_columns, shift)
+        for number, rows, tile in scores.tiles(piece, scores.bits, memory, lse.negligible):
+            shift = scores.shift(min(row_bounds[number], column_bound))
+            _softmaxes_(tile, lse.rows[rows, None], of_columns, shift)
             _add_product_(grad_x[rows], tile, piece.rows)
             if grad_piece is not None:
                 _add_product_(grad_piece, tile.T, scores.x[rows])
@@ -137,10 +186,10 @@ def sigmoid_sweep(
 
     With `grad_x`, adds G y to it and gives G^T x to the columns; without, makes no gradient.
     """
-    loss, sum_of_g = precise_sum(scores.x[:0]), precise_sum(scores.x[:0])
+    loss, sum_of_g, memory = precise_sum(scores.x[:0]), precise_sum(scores.x[:0]), scores.tile_memory()
     for piece in scores.columns.pieces():
         grad_piece = None if grad_x is None else torch.zeros_like(piece.rows)
-        for rows, tile in scores.tiles(piece, scores.scale):
+        for _, rows, tile in scores.tiles(piece, scores.scale, memory):
             best.see(tile, rows, piece.start)
             tile.add_(bias)
             for part in tile.split(ROWS_AT_ONCE):
@@ -166,8 +215,10 @@ def _exp2_(tile: Tensor, shift: float) -> Tensor:
     return tile.sub_(shift).exp2_() if shift else tile.exp2_()
 
 
-def _fold_(lse: Tensor, tile: Tensor, shift: float | None, dim: int) -> None:
+def _fold_(lse: Tensor, tile: Tensor, shift: float | None, dim: int) -> Tensor:
     """Fold a tile into the log-sum-exps along `dim`, in place: a tile of 2**(t - shift), or of t if `shift` is None.
+
+    Returns the tile's own.
 
     Sums are turned into logarithms in float64: at a scale of 100 a log-sum-exp of 144 bits has a rounding error of
     8e-6 in float32, by which all of a row's probabilities would miss 1 together. What adds up to nothing is -inf.
@@ -177,7 +228,9 @@ def _fold_(lse: Tensor, tile: Tensor, shift: float | None, dim: int) -> None:
         sums, largest = (tile - largest).exp2_().sum(dim), largest.squeeze(dim)
     else:
         sums, largest = tile.sum(dim), shift
-    torch.logaddexp2(lse, sums.to(lse.dtype).log2_().add_(largest), out=lse)
+    own = sums.to(lse.dtype).log2_().add_(largest)
+    torch.logaddexp2(lse, own, out=lse)
+    return own
 
 
 def _softmaxes_(tile: Tensor, row_lse: Tensor, column_lse: Tensor, shift: float | None) -> None:
@@ -203,7 +256,7 @@ def _softmaxes_(tile: Tensor, row_lse: Tensor, column_lse: Tensor, shift: float 
         part.sub_(near).exp2_().mul_(of_part).add_(by_column)
 
 
-def _over_ranks(lse: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+def over_ranks(lse: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Combine the ranks' log-sum-exps of the same columns."""
     if distributed.world_size() == 1:
         return lse

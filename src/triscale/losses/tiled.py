@@ -2,7 +2,8 @@
 
 How InfoNCE goes, on a rank with b of the B rows of x and of y:
 
-1. x and y are normalised: (b, d) each. y of all ranks is had as columns, gathered or block by block (`columns`).
+1. x and y are normalised, and rounded to the precision of the products where kernels run: (b, d) each. y of all ranks
+   is had as columns, gathered or block by block (`columns`).
 2. Sweep one computes each tile of scores and folds it into the log-sum-exp of its rows (all columns pass by) and of
    its columns (all-reduced over ranks afterwards).
 3. Sweep two computes each tile again, turns it into G = softmax over rows + softmax over columns, and adds G y to dx
@@ -31,10 +32,29 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from triscale import distributed
-from triscale.losses import sweeps
+from triscale.losses import cuda_sweeps, launch, sweeps
 from triscale.losses.columns import Exchange, RankRows, columns, rank_rows
 from triscale.losses.positives import Groups, PositiveSums, group_rows
-from triscale.losses.tiles import BestMatch, TileMemory, precise_sum, row_tiles, to_raw_rows_, unit_rows
+from triscale.losses.tiles import (
+    BestMatch,
+    Products,
+    precise_dtype,
+    precise_sum,
+    row_tiles,
+    to_raw_rows_,
+    unit_rows,
+)
+
+
+class Options(NamedTuple):
+    """How a tiled loss goes about it; see `ContrastiveLoss`."""
+
+    exchange: Exchange = "auto"
+    products: Products = "inputs"
+    skip_negligible: bool = False
+
+
+DEFAULTS = Options()
 
 
 class Parts(NamedTuple):
@@ -48,10 +68,34 @@ class Parts(NamedTuple):
     """Of each input, () if not wanted. Of rows: this rank's. Of a parameter: this rank's share; all add up."""
 
 
+class _Way:
+    """With what the sweeps over some rows are made: kernels where they serve, torch's operations elsewhere."""
+
+    def __init__(self, rows: Tensor, options: Options) -> None:
+        self.options = options
+        kernels = launch.available(rows)
+        self.sweeps = cuda_sweeps if kernels else sweeps
+        self.operands, self._tf32 = (
+            launch.operands(rows, options.products) if kernels else (precise_dtype(rows.dtype), False)
+        )
+
+    def scores(
+        self,
+        x: Float[Tensor, "b d"],
+        y: Float[Tensor, "b d"],
+        ranks: RankRows,
+        scale: float,
+        without_self: bool = False,
+    ) -> sweeps.Scores:
+        """Of unit rows x against all ranks' y; the memory of `y` is taken over where it is precise enough."""
+        held = columns(self.options.exchange, y, ranks)
+        return sweeps.Scores(x, held, ranks, scale, without_self, self._tf32, self.options.skip_negligible)
+
+
 def _score_positives(x: Tensor, positives: PositiveSums, weights: Tensor, start_of_gradient: Tensor | None) -> Tensor:
     """sum_i w_i x_i . (sum over P(i)); -w_i times that sum becomes row i of `start_of_gradient`, if given."""
     total = precise_sum(x[:0])
-    for rows in row_tiles(len(x)):
+    for rows in row_tiles(x):
         weighted = positives.tile(rows) * weights[rows, None]
         total += precise_sum((x[rows] * weighted).sum(1))
         if start_of_gradient is not None:
@@ -61,7 +105,7 @@ def _score_positives(x: Tensor, positives: PositiveSums, weights: Tensor, start_
 
 def _subtract_positives_(gradient: Tensor, positives: PositiveSums, weights: Tensor) -> None:
     """Take w_i * (sum over P(i)) off every row i of `gradient`."""
-    for rows in row_tiles(len(gradient)):
+    for rows in row_tiles(gradient):
         gradient[rows].addcmul_(positives.tile(rows), weights[rows, None], value=-1)
 
 
@@ -78,28 +122,25 @@ def _reduced(
 
 @torch.no_grad()
 def _info_nce(
-    gradients: bool, x: Tensor, y: Tensor, logit_scale: Tensor, *, ids: Tensor | None, exchange: Exchange
+    gradients: bool, x: Tensor, y: Tensor, logit_scale: Tensor, *, ids: Tensor | None, options: Options
 ) -> Parts:
-    ranks, scale = rank_rows(len(x), x.device), math.exp(logit_scale.item())
+    ranks, scale, way = rank_rows(len(x), x.device), math.exp(logit_scale.item()), _Way(x, options)
     groups = group_rows(ids, ranks, x.device)
-    (unit_x, x_norms), (unit_y, y_norms) = unit_rows(x), unit_rows(y)
-    weights = 2.0 / groups.sizes.to(unit_x.dtype)  # of positives in both directions together
-    grad_x = torch.empty_like(unit_x) if gradients else None
+    (unit_x, x_norms), (unit_y, y_norms) = unit_rows(x, way.operands), unit_rows(y, way.operands)
+    weights = 2.0 / groups.sizes.to(x_norms.dtype)  # of positives in both directions together
+    grad_x = torch.empty_like(unit_x, dtype=x_norms.dtype) if gradients else None
     positive_scores = scale * _score_positives(unit_x, PositiveSums(unit_y, groups), weights, grad_x)
 
-    memory = TileMemory(unit_x, len(x), ranks.total)
-    y_sum = distributed.all_reduce_sum(unit_y.sum(0))
-    scores = sweeps.Scores(unit_x, columns(exchange, unit_y, ranks), ranks, scale, memory)
+    scores, best = way.scores(unit_x, unit_y, ranks, scale), BestMatch(unit_x)
     del unit_y
-    best = BestMatch(unit_x, len(x))
-    row_lse, column_lse = sweeps.log_sum_exps(scores, y_sum, best, by_column=True)
-    assert column_lse is not None
-    share = math.log(2) * precise_sum(row_lse + column_lse[ranks.mine]) - positive_scores
-    loss, accuracy = _reduced(share / (2 * ranks.total), unit_x.dtype, best, groups, ranks)
+    lse = way.sweeps.log_sum_exps(scores, best, by_column=True)
+    assert lse.columns is not None
+    share = math.log(2) * precise_sum(lse.rows + lse.columns[ranks.mine]) - positive_scores
+    loss, accuracy = _reduced(share / (2 * ranks.total), x_norms.dtype, best, groups, ranks)
     if grad_x is None:
         return Parts(loss, accuracy, ())
 
-    sweeps.softmax_gradients(scores, row_lse, column_lse, grad_x, by_column=True)
+    way.sweeps.softmax_gradients(scores, lse, grad_x, by_column=True)
     grad_y = scores.columns.gradient()
     _subtract_positives_(grad_y, PositiveSums(unit_x, groups), weights)
     factor = scale / (2 * ranks.total)
@@ -118,24 +159,22 @@ def _sigmoid(
     logit_bias: Tensor,
     *,
     ids: Tensor | None,
-    exchange: Exchange,
+    options: Options,
 ) -> Parts:
-    ranks, scale, bias = rank_rows(len(x), x.device), math.exp(logit_scale.item()), logit_bias.item()
-    groups = group_rows(ids, ranks, x.device)
-    (unit_x, x_norms), (unit_y, y_norms) = unit_rows(x), unit_rows(y)
-    weights = unit_x.new_ones(len(x))
-    grad_x = torch.empty_like(unit_x) if gradients else None
+    ranks, scale, way = rank_rows(len(x), x.device), math.exp(logit_scale.item()), _Way(x, options)
+    groups, bias = group_rows(ids, ranks, x.device), logit_bias.item()
+    (unit_x, x_norms), (unit_y, y_norms) = unit_rows(x, way.operands), unit_rows(y, way.operands)
+    weights = x_norms.new_ones(len(x))
+    grad_x = torch.empty_like(unit_x, dtype=x_norms.dtype) if gradients else None
     positive_pairs = int(groups.sizes.sum())
     # softplus(-l) = softplus(l) - l, so that every pair counts as a negative and the positives' logits come off.
     positive_logits = scale * _score_positives(unit_x, PositiveSums(unit_y, groups), weights, grad_x)
     positive_logits += bias * positive_pairs
 
-    memory = TileMemory(unit_x, len(x), ranks.total)
-    scores = sweeps.Scores(unit_x, columns(exchange, unit_y, ranks), ranks, scale, memory)
+    scores, best = way.scores(unit_x, unit_y, ranks, scale), BestMatch(unit_x)
     del unit_y
-    best = BestMatch(unit_x, len(x))
-    sum_of_softplus, sum_of_g = sweeps.sigmoid_sweep(scores, bias, best, grad_x)
-    loss, accuracy = _reduced((sum_of_softplus - positive_logits) / ranks.total, unit_x.dtype, best, groups, ranks)
+    sum_of_softplus, sum_of_g = way.sweeps.sigmoid_sweep(scores, bias, best, grad_x)
+    loss, accuracy = _reduced((sum_of_softplus - positive_logits) / ranks.total, x_norms.dtype, best, groups, ranks)
     if grad_x is None:
         return Parts(loss, accuracy, ())
 
@@ -147,26 +186,23 @@ def _sigmoid(
 
 
 @torch.no_grad()
-def _nt_xent(gradients: bool, z: Tensor, logit_scale: Tensor, *, ids: Tensor | None, exchange: Exchange) -> Parts:
-    ranks, scale = rank_rows(len(z), z.device), math.exp(logit_scale.item())
+def _nt_xent(gradients: bool, z: Tensor, logit_scale: Tensor, *, ids: Tensor | None, options: Options) -> Parts:
+    ranks, scale, way = rank_rows(len(z), z.device), math.exp(logit_scale.item()), _Way(z, options)
     groups = group_rows(ids, ranks, z.device, views=2)
-    unit, norms = unit_rows(z)
-    weights = 2.0 / (groups.sizes - 1).to(unit.dtype)  # i as the row and i as the column
-    grad_z = torch.empty_like(unit) if gradients else None
+    unit, norms = unit_rows(z, way.operands)
+    weights = 2.0 / (groups.sizes - 1).to(norms.dtype)  # i as the row and i as the column
+    grad_z = torch.empty_like(unit, dtype=norms.dtype) if gradients else None
     positive_scores = scale * _score_positives(unit, PositiveSums(unit, groups, without_self=True), weights, grad_z)
 
-    memory = TileMemory(unit, len(z), ranks.total)
-    scores = sweeps.Scores(unit, columns(exchange, unit, ranks), ranks, scale, memory, without_self=True)
-    best = BestMatch(unit, len(z))
-    z_sum = distributed.all_reduce_sum(unit.sum(0))
-    row_lse, _ = sweeps.log_sum_exps(scores, z_sum, best, by_column=False)
-    share = math.log(2) * precise_sum(row_lse) - positive_scores / 2
-    loss, accuracy = _reduced(share / ranks.total, unit.dtype, best, groups, ranks)
+    scores, best = way.scores(unit, unit, ranks, scale, without_self=True), BestMatch(unit)
+    lse = way.sweeps.log_sum_exps(scores, best, by_column=False)
+    share = math.log(2) * precise_sum(lse.rows) - positive_scores / 2
+    loss, accuracy = _reduced(share / ranks.total, norms.dtype, best, groups, ranks)
     if grad_z is None:
         return Parts(loss, accuracy, ())
 
-    column_lse = distributed.all_gather_rows(row_lse, ranks.counts)
-    sweeps.softmax_gradients(scores, row_lse, column_lse, grad_z, by_column=False)
+    lse = lse._replace(columns=distributed.all_gather_rows(lse.rows, ranks.counts))
+    way.sweeps.softmax_gradients(scores, lse, grad_z, by_column=False)
     grad_scale = to_raw_rows_(grad_z, z, norms, scale / ranks.total) / 2  # each score was counted from both its rows
     return Parts(loss, accuracy, (grad_z, grad_scale))
 
@@ -199,14 +235,14 @@ def info_nce(
     y: Float[Tensor, "b d"],
     logit_scale: Float[Tensor, ""],
     ids: Int[Tensor, " b"] | None = None,
-    exchange: Exchange = "gather",
+    options: Options = DEFAULTS,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """`dense.info_nce` over the rows of all ranks, of which x, y and ids are this rank's; loss and accuracy.
 
     Raises:
         UsageError: on every rank, if one of them has no row.
     """
-    return _apply(partial(_info_nce, ids=ids, exchange=exchange), x, y, logit_scale)
+    return _apply(partial(_info_nce, ids=ids, options=options), x, y, logit_scale)
 
 
 def sigmoid(
@@ -215,17 +251,17 @@ def sigmoid(
     logit_scale: Float[Tensor, ""],
     logit_bias: Float[Tensor, ""],
     ids: Int[Tensor, " b"] | None = None,
-    exchange: Exchange = "gather",
+    options: Options = DEFAULTS,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """`dense.sigmoid` over the rows of all ranks; as `info_nce` otherwise."""
-    return _apply(partial(_sigmoid, ids=ids, exchange=exchange), x, y, logit_scale, logit_bias)
+    return _apply(partial(_sigmoid, ids=ids, options=options), x, y, logit_scale, logit_bias)
 
 
 def nt_xent(
     z: Float[Tensor, "n d"],
     logit_scale: Float[Tensor, ""],
     ids: Int[Tensor, " b"] | None = None,
-    exchange: Exchange = "gather",
+    options: Options = DEFAULTS,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """`dense.nt_xent` over the rows of all ranks, each with both views of its images; as `info_nce` otherwise."""
-    return _apply(partial(_nt_xent, ids=ids, exchange=exchange), z, logit_scale)
+    return _apply(partial(_nt_xent, ids=ids, options=options), z, logit_scale)

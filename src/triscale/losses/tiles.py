@@ -7,30 +7,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+Products = Literal["inputs", "float32", "tf32", "bf16", "fp16"]
+"""In what the products of a loss are computed, where the device has kernels; "inputs": in that of x and y."""
+
 TILE_ROWS = 512
 TILE_COLUMNS = 1024
+"""Of a tile on a CPU: with what a sweep makes of it, it stays in the cache."""
+ACCELERATOR_TILE = 8192
+"""Rows and columns of a tile elsewhere: products that fill the device, and few launches."""
 ACCURACY_ROWS = 256
 """Of each rank's rows, the first so many are asked for their best match."""
 SMALLEST_NORM = 1e-12
 """Shorter rows are divided by this, as torch's normalize does."""
 
 
-def row_tiles(rows: int) -> Iterator[slice]:
-    """Consecutive slices of `rows` rows, TILE_ROWS at a time."""
-    for start in range(0, rows, TILE_ROWS):
-        yield slice(start, min(start + TILE_ROWS, rows))
+class TileShape(NamedTuple):
+    """The most rows and columns of scores that are worked on at once."""
+
+    rows: int
+    columns: int
 
 
-def unit_rows(rows: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b 1"]]:
-    """The rows divided by their norms, and the norms; in float32 or better, new memory."""
-    precision = torch.promote_types(rows.dtype, torch.float32)
+def tile_shape(device: torch.device) -> TileShape:
+    """What suits a device."""
+    if device.type == "cpu":
+        return TileShape(TILE_ROWS, TILE_COLUMNS)
+    return TileShape(ACCELERATOR_TILE, ACCELERATOR_TILE)
+
+
+def slices(rows: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of `rows` rows, at most `size` at a time."""
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def row_tiles(rows: Tensor) -> Iterator[slice]:
+    """Consecutive slices of the rows of a tensor, as many at a time as suits its device."""
+    return slices(len(rows), tile_shape(rows.device).rows)
+
+
+def precise_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for what is: of losses, sums and gradients."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def unit_rows(rows: Float[Tensor, "b d"], dtype: torch.dtype) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b 1"]]:
+    """The rows divided by their norms, rounded to `dtype`, new memory; and the norms, in float32 or better."""
+    precision = precise_dtype(rows.dtype)
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=precision).clamp_min_(SMALLEST_NORM)
-    return rows / norms, norms
+    if dtype == precision:
+        return rows / norms, norms
+    unit = torch.empty_like(rows, dtype=dtype)
+    for tile in row_tiles(rows):
+        unit[tile] = rows[tile] / norms[tile]
+    return unit, norms
 
 
 def precise(like: Tensor) -> torch.dtype:
@@ -53,7 +89,7 @@ def to_raw_rows_(
     Tile by tile, so that no second (b, d) is made. Returns sum_i u_i . g_i.
     """
     along_unit = precise_sum(gradient[:0])
-    for rows in row_tiles(len(gradient)):
+    for rows in row_tiles(gradient):
         unit = raw[rows] / norms[rows]
         part = gradient[rows].mul_(factor)
         along = (part * unit).sum(1, keepdim=True)
@@ -64,7 +100,7 @@ def to_raw_rows_(
 
 def tile_minima(values: Float[Tensor, " b"]) -> list[float]:
     """The smallest value of every row tile."""
-    return torch.stack([values[rows].min() for rows in row_tiles(len(values))]).tolist()
+    return torch.stack([values[rows].min() for rows in row_tiles(values)]).tolist()
 
 
 def exponent_shift(highest: float, lowest: float, dtype: torch.dtype, terms: int) -> float | None:
@@ -96,8 +132,8 @@ def exponent_shift(highest: float, lowest: float, dtype: torch.dtype, terms: int
 class TileMemory:
     """The memory of a tile of scores, used for one after the other."""
 
-    def __init__(self, like: Tensor, rows: int, columns: int) -> None:
-        self._memory = like.new_empty(min(rows, TILE_ROWS) * min(columns, TILE_COLUMNS))
+    def __init__(self, like: Float[Tensor, "b d"], columns: int) -> None:
+        self._memory = like.new_empty(min(len(like), tile_shape(like.device).rows) * columns)
 
     def scores(self, x: Float[Tensor, "r d"], y: Float[Tensor, "c d"], factor: float) -> Float[Tensor, "r c"]:
         """factor * x @ y.T, valid until the next call."""
@@ -108,10 +144,10 @@ class TileMemory:
 class BestMatch:
     """The column with the largest score of each of the first rows, from tiles in any order of columns."""
 
-    def __init__(self, like: Tensor, rows: int) -> None:
-        self.rows = min(rows, ACCURACY_ROWS)
-        self._value = like.new_full((self.rows,), -torch.inf)
-        self.column: Int[Tensor, " n"] = torch.zeros(self.rows, dtype=torch.int64, device=like.device)
+    def __init__(self, rows: Float[Tensor, "b d"]) -> None:
+        self.rows = min(len(rows), ACCURACY_ROWS)
+        self._value = rows.new_full((self.rows,), -torch.inf, dtype=precise_dtype(rows.dtype))
+        self.column: Int[Tensor, " n"] = torch.zeros(self.rows, dtype=torch.int64, device=rows.device)
 
     def see(self, scores: Float[Tensor, "r c"], rows: slice, first_column: int) -> None:
         """Take notice of a tile of scores, or of anything that rises with them."""

@@ -9,6 +9,9 @@ from typing import Literal, TypeVar
 from triscale.errors import UsageError
 
 REMAT_MODES = ("none", "block", "selective")
+COMPILE_MODES = ("none", "default", "max-autotune-no-cudagraphs")
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+"""Those of torch.compile that towers are never compiled in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,9 @@ class BatchSettings:
     remat: str = "none"
     """What a block of a tower computes again in its backward pass, to keep less: "none"; "selective": all but products;
     "block": all; or one per lane: "image=selective,text=none"."""
+    compile: str = "none"
+    """How torch.compile compiles the blocks of a tower: "none"; "default"; "max-autotune-no-cudagraphs", which takes
+    minutes and tries kernels out; or one per lane: "image=default,text=none". For GPUs; a CPU gains nothing."""
     batch_norm: Literal["refuse", "per_micro_batch", "synchronised"] = "refuse"
     """Towers with BatchNorm under more than one micro-batch: refused; statistics of each process's micro-batch; or of
     those that all processes compute at the same time. (--model.batch-norm convert does without BatchNorm.)"""
@@ -52,9 +58,14 @@ class LossSettings:
     """Initial factor on the cosines (CLIP: 1/0.07, SigLIP: 10). It is learned, as its natural logarithm."""
     max_logit_scale: float = 100.0
     """The factor is clamped to this after each optimizer step; 0: no clamp."""
-    exchange: Literal["gather", "blocks"] = "gather"
-    """How a process sees the embeddings of the others: all gathered once, or one process's at a time, in a fraction of
-    the memory and with up to twice the traffic."""
+    exchange: Literal["auto", "gather", "blocks"] = "auto"
+    """How a process sees the embeddings of the others: all gathered once, or a piece at a time, in a fraction of the
+    memory and with up to twice the traffic; auto: gathered up to 1 GiB."""
+    products: Literal["inputs", "float32", "tf32", "bf16", "fp16"] = "inputs"
+    """Arithmetic of the tiles' products on CUDA, summed in float32 whatever it is. inputs: that of the embeddings,
+    which is float32 in training. Other devices compute in float32."""
+    skip_negligible: bool = False
+    """Leave tiles out of the softmax loss's gradient whose weights are below rounding in both directions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +145,24 @@ def parse_remat(text: str, lanes: Sequence[str]) -> Mapping[str, str]:
         return value.strip()
 
     return _per_lane("--batch.remat", text, lanes, mode)
+
+
+def parse_compile(text: str, lanes: Sequence[str]) -> Mapping[str, str]:
+    """The compilation of every lane that "default" or "image=default,text=none" gives; UsageError otherwise."""
+    return _per_lane("--batch.compile", text, lanes, lambda value: checked_compile_mode("--batch.compile", value))
+
+
+def checked_compile_mode(what: str, mode: str) -> str:
+    """The mode without spaces; UsageError for one that there is not, or that uses CUDA graphs."""
+    mode, allowed = mode.strip(), ", ".join(COMPILE_MODES)
+    if mode in CUDA_GRAPH_MODES:
+        raise UsageError(
+            f"{what} {mode!r} uses CUDA graphs, which write over outputs and activations that the step still needs: "
+            f"use one of {allowed}"
+        )
+    if mode not in COMPILE_MODES:
+        raise UsageError(f"{what} {mode!r} must be one of {allowed}")
+    return mode
 
 
 def _per_lane(what: str, text: str, lanes: Sequence[str], convert: Callable[[str], T]) -> Mapping[str, T]:
