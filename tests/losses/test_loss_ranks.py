@@ -85,7 +85,7 @@ def together(name: str, results: list[dict[str, Any]], counts: list[int]) -> dic
         lanes = [gradients[0].split(count) for gradients, count in zip(lanes, counts, strict=True)]
     joined = {f"lane {i}": torch.cat(parts) for i, parts in enumerate(zip(*lanes, strict=True))}
     shares = [result["parameters"] for result in results]
-    return {**joined, **{n: sum(share[n] for share in shares) for n in shares[0]}}
+    return {**joined, **{n: torch.stack([share[n] for share in shares]).sum(0) for n in shares[0]}}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])

@@ -202,6 +202,7 @@ class Broadcast(Columns):
 
 def columns(exchange: Exchange, mine: Float[Tensor, "b d"], ranks: RankRows) -> Columns:
     """All ranks' rows of y, of which this rank has `mine`, whose memory the result takes over."""
-    if exchange == "auto":
-        exchange = "gather" if ranks.total * mine.shape[1] * mine.element_size() <= GATHER_BYTES else "blocks"
+    if exchange == "auto":  # one process gathers nothing
+        large = len(ranks.counts) > 1 and ranks.total * mine.shape[1] * mine.element_size() > GATHER_BYTES
+        exchange = "blocks" if large else "gather"
     return Gathered(mine, ranks) if exchange == "gather" else Broadcast(mine, ranks)
