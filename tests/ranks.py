@@ -23,8 +23,8 @@ def _rank(rank: int, function: Callable[..., Any], world: int, folder: str, argu
     torch.save(result, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    # Sharded towers keep the group, and so gloo's threads, alive. One that lets go of a tensor while Python takes itself
-    # down aborts the process (pytorch#179291), so the process ends without that.
+    # Sharded towers keep the group, and so gloo's threads, alive. One that lets go of a tensor while Python takes
+    # itself down aborts the process (pytorch#179291), so the process ends without that.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

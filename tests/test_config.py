@@ -11,7 +11,14 @@ from triscale.config import RunConfig, flatten, from_dict, read_config, refuse_c
 from triscale.data.settings import AugmentSettings, DataSettings
 from triscale.errors import UsageError
 from triscale.recipes import RECIPES
-from triscale.training.settings import BatchSettings, LossSettings, OptimSettings, TrainSettings, parse_per_lane
+from triscale.training.settings import (
+    BatchSettings,
+    LossSettings,
+    OptimSettings,
+    TrainSettings,
+    parse_compile,
+    parse_per_lane,
+)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -61,6 +68,7 @@ def test_a_resumed_run_may_change_what_no_weight_depends_on() -> None:
     [
         ("optim", OptimSettings(learning_rate=0.5), "optim.learning_rate"),
         ("batch", BatchSettings(size=7), "batch.size"),
+        ("batch", BatchSettings(compile="default"), "batch.compile"),
         ("data", DataSettings(augment=AugmentSettings(rotation=3.0)), "data.augment.rotation"),
         ("train", TrainSettings(steps=5), "train.steps"),
     ],
@@ -77,6 +85,11 @@ def test_a_field_that_changes_the_numbers_is_refused_by_name(section: str, chang
         RunConfig(batch=BatchSettings(micro="0")),
         RunConfig(batch=BatchSettings(keep="-1")),
         RunConfig(batch=BatchSettings(micro="image=4")),
+        RunConfig(batch=BatchSettings(compile="fast")),
+        RunConfig(batch=BatchSettings(compile="text=default")),
+        RunConfig(batch=BatchSettings(compile="image=reduce-overhead,text=none")),
+        RunConfig(batch=BatchSettings(compile="default", remat="image=selective,text=none")),
+        RunConfig(batch=BatchSettings(compile="default", batch_norm="synchronised")),
         RunConfig(train=TrainSettings(steps=0)),
         RunConfig(loss=LossSettings(logit_scale=0.0)),
         RunConfig(data=DataSettings(max_bad=1.5)),
@@ -93,6 +106,16 @@ def test_a_value_per_lane() -> None:
     assert parse_per_lane("m", "64", lanes, 1) == {"image": 64, "text": 64}
     assert parse_per_lane("m", "auto", lanes, 1) == {"image": "auto", "text": "auto"}
     assert parse_per_lane("m", "image=8, text=auto", lanes, 1) == {"image": 8, "text": "auto"}
+
+
+def test_a_compilation_per_lane() -> None:
+    lanes = ("image", "text")
+    assert parse_compile("default", lanes) == {"image": "default", "text": "default"}
+    assert parse_compile("image=none, text=default", lanes) == {"image": "none", "text": "default"}
+    for remat in ("none", "block", "image=selective,text=block"):
+        validate(RunConfig(batch=BatchSettings(compile="image=none,text=default", remat=remat)))
+    with pytest.raises(UsageError, match="CUDA graphs"):
+        parse_compile("max-autotune", lanes)
 
 
 def test_names_are_flat_in_messages() -> None:

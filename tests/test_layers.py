@@ -19,9 +19,10 @@ errors randomness distributed
 data: __init__ settings samples order tar shards decode augment captions text
 data: drawing scene_words scenes quarantine workers rows loader pack
 models: __init__ settings normalisation image text projection dual_encoder presets prompts
-losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps dense tiled contrastive info_nce sigmoid nt_xent __init__
-training: __init__ settings host_memory parallel memory plan recovery remat compilation batch_norm staging lane step verify optim
-training: checkpoint log loop
+losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps
+losses: dense tiled contrastive info_nce sigmoid nt_xent __init__
+training: __init__ settings host_memory parallel memory plan recovery remat batch_norm compilation staging lane step
+training: verify optim checkpoint log loop
 evaluation: __init__ settings datasets encoder zeroshot retrieval suite report
 config run_folder inference
 recipes: scenes emoji clipart __init__

@@ -30,11 +30,12 @@ from triscale.models.dual_encoder import DualEncoder, build_dual_encoder
 from triscale.randomness import derive_seed
 from triscale.training import optim
 from triscale.training.batch_norm import synchronise_batch_norm
+from triscale.training.compilation import compile_tower
 from triscale.training.lane import seeded
 from triscale.training.memory import GIB
 from triscale.training.plan import LanePlan
 from triscale.training.remat import rematerialise
-from triscale.training.settings import parse_per_lane, parse_remat
+from triscale.training.settings import parse_compile, parse_per_lane, parse_remat
 from triscale.training.step import ContrastiveStep
 
 TOKENIZER_SAMPLES = 20_000
@@ -135,11 +136,18 @@ def prepare_towers(config: RunConfig, towers: Mapping[str, nn.Module]) -> None:
         rematerialise(towers[lane], mode)
 
 
+def compile_towers(config: RunConfig, towers: Mapping[str, nn.Module]) -> None:
+    """Have the towers compiled as the config says. In place; before or after `prepare_towers`."""
+    for lane, mode in parse_compile(config.batch.compile, LANES).items():
+        compile_tower(towers[lane], mode)
+
+
 def make_step(
     config: RunConfig, model: DualEncoder, loss: ContrastiveLoss, plans: Mapping[str, LanePlan] | None = None
 ) -> ContrastiveStep:
     """The exact step as the config, or a run's earlier resolution of "auto", has it; its towers are prepared."""
     prepare_towers(config, model.towers())
+    compile_towers(config, model.towers())
     step = ContrastiveStep(
         model.towers(),
         loss,

@@ -24,6 +24,7 @@ from triscale.training.settings import (
     OptimSettings,
     RunSettings,
     TrainSettings,
+    parse_compile,
     parse_per_lane,
     parse_remat,
 )
@@ -180,4 +181,15 @@ def validate(config: RunConfig) -> None:
             raise UsageError(f"--data.caption-templates: {template!r} has no {{c}}")
     parse_per_lane("--batch.micro", config.batch.micro, LANES, smallest=1)
     parse_per_lane("--batch.keep", config.batch.keep, LANES, smallest=0)
-    parse_remat(config.batch.remat, LANES)
+    _check_compilation(config.batch)
+
+
+def _check_compilation(batch: BatchSettings) -> None:
+    """Raise UsageError for a lane that is to be compiled and, besides, to do what compiled code cannot."""
+    remat = parse_remat(batch.remat, LANES)
+    for lane, mode in parse_compile(batch.compile, LANES).items():
+        compiled = f"--batch.compile {mode} of lane '{lane}'"
+        if mode != "none" and remat[lane] == "selective":
+            raise UsageError(f"{compiled} needs --batch.remat block or none there, not selective")
+        if mode != "none" and batch.batch_norm == "synchronised":
+            raise UsageError(f"{compiled} cannot be had with --batch.batch-norm synchronised")

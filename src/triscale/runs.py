@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from triscale import distributed
 from triscale.assembly import (
     check_model,
+    compile_towers,
     device_of,
     evaluating,
     make_encoder,
@@ -328,6 +329,7 @@ def verify_run(config: RunConfig) -> dict[str, float]:
     except UsageError:  # an image tower without stochastic depth; dropout is on all the same
         noisy = replace(config, model=replace(config.model, dropout=dropout))
         model, loss = make_model(noisy, reader.tokenizer.vocabulary_size)
+    compile_towers(config, model.towers())  # both sides: compiled towers draw other random numbers than bare ones
     wanted = parse_per_lane("--batch.micro", config.batch.micro, LANES, smallest=1)
     sizes = {lane: size if isinstance(size, int) else VERIFY_MICRO_BATCH for lane, size in wanted.items()}
     rows = min(config.batch.size, 2 * max(sizes.values()) + 7)

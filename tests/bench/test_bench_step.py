@@ -98,7 +98,7 @@ def test_the_floor_counts_three_passes_and_a_fourth_for_what_is_not_kept() -> No
 
 def test_flops_are_those_of_the_products_attention_included() -> None:
     flops = towers.make_workload("vit-tiny", torch.device("cpu")).forward_flops()
-    width, layers, image_tokens, text_tokens = towers.WIDTH, towers.LAYERS, 65, towers.TOKENS
+    width, layers, image_tokens, text_tokens = towers.TINY.width, towers.TINY.layers, 65, towers.TINY.tokens
     for lane, tokens in (("image", image_tokens), ("text", text_tokens)):
         blocks = layers * tokens * (2 * 12 * width**2 + 2 * 2 * tokens * width)
         assert blocks < flops[lane] < 1.02 * blocks, "patches and projections come on top"

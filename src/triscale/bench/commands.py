@@ -136,7 +136,7 @@ def _show(report: Report, task: str, ours: str, details: Mapping[str, str], pict
     if not report.rows:
         reasons = "; ".join(f"{out.method}: {out.reason}" for out in report.left_out)
         raise RunError(f"nothing could be measured: {reasons}")
-    table = make_table(report, task=task, ours=ours, details=details)
+    table = make_table(report.rows, task=task, ours=ours, details=details)
     console = Console(highlight=False, width=WIDER_THAN_ANY_TABLE)
     console = Console(highlight=False, width=console.measure(table).maximum)  # a narrow terminal must hide no figure
     console.print(table)

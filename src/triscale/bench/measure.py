@@ -88,16 +88,29 @@ def synchronise(device: torch.device) -> None:
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
-    """Duration of one call, until the device has finished it."""
+    """Duration of one call, until the device has finished it; on CUDA by the device's own events."""
     call.before()
     gc.collect()
     synchronise(device)
-    began = time.perf_counter()
-    call.run()
-    synchronise(device)
-    seconds = time.perf_counter() - began
+    seconds = _cuda_seconds(call.run, device) if device.type == "cuda" else _host_seconds(call.run, device)
     call.after()
     return seconds
+
+
+def _host_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    began = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - began
+
+
+def _cuda_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    run()
+    ended.record()
+    torch.cuda.synchronize(device)
+    return began.elapsed_time(ended) / 1000
 
 
 def time_in_turns(calls: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -111,9 +124,9 @@ def time_in_turns(calls: Mapping[str, Call], rounds: int, device: torch.device) 
     return seconds
 
 
-def product(dtype: torch.dtype, device: torch.device) -> tuple[Call, float]:
-    """A large square matrix product to be timed beside the methods, and its FLOPs."""
-    side = PRODUCT_SIDE.get(device.type, PRODUCT_SIDE_ELSEWHERE)
+def product(dtype: torch.dtype, device: torch.device, side: int = 0) -> tuple[Call, float]:
+    """A large square matrix product to be timed beside the methods, and its FLOPs; side 0: what fits the device."""
+    side = side or PRODUCT_SIDE.get(device.type, PRODUCT_SIDE_ELSEWHERE)
     generator = torch.Generator(device).manual_seed(0)  # not constant: devices save power on equal numbers
     a, b = (torch.randn(side, side, dtype=dtype, device=device, generator=generator) for _ in range(2))
     out = torch.empty_like(a)

@@ -7,6 +7,8 @@ step(inputs) -> loss`, which leaves the gradients of the towers in `.grad` as ou
     lightly                NTXentLoss
     gradcache              the functional form of GradCache, arXiv 2101.06983
     sentence_transformers  CachedMultipleNegativesRankingLoss, in both directions
+    inf_cl                 cal_flash_loss, the Triton kernels of arXiv 2410.17243 (CUDA; `benchmarks/gpu.py`)
+    siglip_kernel          fused_siglip_loss, the sigmoid loss by Triton (CUDA; `benchmarks/gpu.py`)
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ PACKAGES = {
     "sentence_transformers": "sentence-transformers",
 }
 """Module of every peer, and the name under which it is installed."""
+CUDA_PACKAGES = {"inf_cl": "inf-cl", "siglip_kernel": "siglip-kernel"}
+"""Of those that run on CUDA alone."""
 
 Inputs = Mapping[str, Tensor]
 Step = Callable[[Inputs], Tensor]
@@ -41,7 +45,7 @@ def installed(peer: str) -> bool:
 
 def version(peer: str) -> str:
     """The installed version of a peer."""
-    return importlib.metadata.version(PACKAGES[peer])
+    return importlib.metadata.version((PACKAGES | CUDA_PACKAGES)[peer])
 
 
 def missing_line(peers: list[str]) -> str:
@@ -87,6 +91,45 @@ class NTXentLoss(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """The loss of projections (2B, d)."""
         return self.loss(*z.chunk(2))
+
+
+class InfCL(nn.Module):
+    """Inf-CL's softmax loss over tower outputs on one process, normalised first, in both directions as its trainer.
+
+    Its `cal_inf_loss` reduces the scale's gradient over processes and so needs a process group; `cal_flash_loss` is
+    the same without one.
+    """
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.loss = import_module("inf_cl").cal_flash_loss
+        self.logit_scale = nn.Parameter(torch.tensor(scale).log())
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of tower outputs (B, d), d a multiple of 256 or a smaller power of two."""
+        x, y, scale = F.normalize(x, dim=-1), F.normalize(y, dim=-1), self.logit_scale.exp()
+        head = min(256, x.shape[1])
+        both = (self.loss(a, b, scale=scale, head_dim=head).mean() for a, b in ((x, y), (y, x)))
+        return sum(both, torch.zeros((), device=x.device)) / 2
+
+
+class SiglipKernel(nn.Module):
+    """siglip-kernel's sigmoid loss over tower outputs, normalised first.
+
+    Args:
+        backend: of `fused_siglip_loss`; "auto" is the one that its router takes, "reference" its eager formula.
+    """
+
+    def __init__(self, scale: float, bias: float, backend: str) -> None:
+        super().__init__()
+        self.loss, self.backend = import_module("siglip_kernel").fused_siglip_loss, backend
+        self.logit_scale = nn.Parameter(torch.tensor(scale).log())
+        self.logit_bias = nn.Parameter(torch.tensor(bias))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of tower outputs (B, d)."""
+        x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+        return self.loss(x, y, self.logit_scale, self.logit_bias, backend=self.backend)
 
 
 def symmetric_cross_entropy(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor:

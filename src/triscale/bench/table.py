@@ -111,15 +111,15 @@ def _duration(seconds: Spread) -> str:
     return f"{median} ({smallest} to {largest})"
 
 
-def make_table(report: Report, *, task: str, ours: str, details: Mapping[str, str]) -> Table:
-    """The table of a report.
+def make_table(rows: Sequence[Row], *, task: str, ours: str, details: Mapping[str, str]) -> Table:
+    """The table of a report's rows.
 
     Args:
         task: heading of the column of losses or towers.
         ours: the method that others are compared with.
         details: entries of `Row.details` to show, with their headings; numbers are shown as errors, None as a dash.
     """
-    tasks = {row.task for row in report.rows}
+    tasks = {row.task for row in rows}
     title = None if len(tasks) > 1 else Text(f"{task}: {', '.join(tasks)}")
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for heading in (*([task] * (title is None)), "method"):
@@ -127,7 +127,7 @@ def make_table(report: Report, *, task: str, ours: str, details: Mapping[str, st
     for heading in ("B", "ms (min to max)", "samples/s", f"time / {ours}", "peak MiB", "of floor", *details.values()):
         table.add_column(heading, justify="right", no_wrap=True)
     previous = None
-    for row in report.rows:
+    for row in rows:
         if previous is not None and (row.task, row.batch) != previous:
             table.add_section()
         previous = (row.task, row.batch)

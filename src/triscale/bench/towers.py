@@ -1,9 +1,11 @@
-"""Towers that the step's benchmark runs, with random inputs: a small ViT, the same by open_clip, or a recipe's own."""
+"""Towers that the step's benchmarks run, with random inputs: a ViT, the same by open_clip, or a recipe's own."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import Literal
 
@@ -20,9 +22,54 @@ from triscale.models.settings import ModelSettings
 from triscale.recipes import RECIPES
 from triscale.training.lane import device_of, seeded
 
-SIZE, PATCH, WIDTH, LAYERS, HEADS = 64, 8, 192, 6, 3
-TOKENS, VOCABULARY = 32, 4096
 COUNTED_ROWS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a ViT and of a text transformer, by the same names as open_clip's."""
+
+    size: int
+    """Side of the images, in pixels."""
+    patch: int
+    width: int
+    layers: int
+    heads: int
+    tokens: int
+    vocabulary: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    embedding: int
+
+
+TINY = Shape(
+    size=64,
+    patch=8,
+    width=192,
+    layers=6,
+    heads=3,
+    tokens=32,
+    vocabulary=4096,
+    text_width=192,
+    text_layers=6,
+    text_heads=3,
+    embedding=192,
+)
+B16 = Shape(
+    size=224,
+    patch=16,
+    width=768,
+    layers=12,
+    heads=12,
+    tokens=77,
+    vocabulary=49408,
+    text_width=512,
+    text_layers=12,
+    text_heads=8,
+    embedding=512,
+)
+"""CLIP's ViT-B/16: Radford et al., arXiv 2103.00020, table 20; open_clip's ViT-B-16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,40 +107,48 @@ def _uint8_images(size: int, tokens: int, vocabulary: int) -> Callable[[int, tor
     return draw
 
 
-def vit_tiny() -> Workload:
-    """ViT of 6 layers, width 192, patch 8 at 64 pixels, and a text transformer of the same size over 32 tokens."""
-    options = f'{{"patch_size": {PATCH}, "embed_dim": {WIDTH}, "depth": {LAYERS}, "num_heads": {HEADS}}}'
+def vit(shape: Shape) -> Workload:
+    """timm's ViT and this package's text transformer; every caption is of full length."""
+    options = {"patch_size": shape.patch, "embed_dim": shape.width, "depth": shape.layers, "num_heads": shape.heads}
     settings = ModelSettings(
-        image="vit_tiny_patch16_224",
-        image_options=options,
-        text_width=WIDTH,
-        text_layers=LAYERS,
-        text_heads=HEADS,
-        embedding=WIDTH,
+        image="vit_tiny_patch16_224",  # all that tells ViTs apart is in the options
+        image_options=json.dumps(options),
+        text_width=shape.text_width,
+        text_layers=shape.text_layers,
+        text_heads=shape.text_heads,
+        embedding=shape.embedding,
     )
-    model = build_dual_encoder(settings, image_size=SIZE, vocabulary=VOCABULARY, tokens=TOKENS)
-    return Workload(towers=model.towers(), draw=_uint8_images(SIZE, TOKENS, VOCABULARY))
+    model = build_dual_encoder(settings, image_size=shape.size, vocabulary=shape.vocabulary, tokens=shape.tokens)
+    return Workload(towers=model.towers(), draw=_uint8_images(shape.size, shape.tokens, shape.vocabulary))
 
 
-def open_clip() -> Workload:
-    """The towers of `vit_tiny` built from open_clip's own modules; images come in normalised."""
+def open_clip(shape: Shape) -> Workload:
+    """The towers of `vit` built from open_clip's own modules; images come in normalised."""
     if not peers.installed("open_clip"):
-        raise UsageError(f"--towers open-clip: {peers.missing_line(['open_clip'])}")
+        raise UsageError(f"open_clip's towers: {peers.missing_line(['open_clip'])}")
     modules = import_module("open_clip.model")
     model = modules.CustomTextCLIP(
-        embed_dim=WIDTH,
+        embed_dim=shape.embedding,
         vision_cfg=modules.CLIPVisionCfg(
-            layers=LAYERS, width=WIDTH, head_width=WIDTH // HEADS, patch_size=PATCH, image_size=SIZE
+            layers=shape.layers,
+            width=shape.width,
+            head_width=shape.width // shape.heads,
+            patch_size=shape.patch,
+            image_size=shape.size,
         ),
         text_cfg=modules.CLIPTextCfg(
-            context_length=TOKENS, vocab_size=VOCABULARY, width=WIDTH, heads=HEADS, layers=LAYERS
+            context_length=shape.tokens,
+            vocab_size=shape.vocabulary,
+            width=shape.text_width,
+            heads=shape.text_heads,
+            layers=shape.text_layers,
         ),
     )
 
     def draw(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
         return {
-            "image": torch.randn(rows, 3, SIZE, SIZE, generator=generator),
-            "text": torch.randint(1, VOCABULARY, (rows, TOKENS), generator=generator),
+            "image": torch.randn(rows, 3, shape.size, shape.size, generator=generator),
+            "text": torch.randint(1, shape.vocabulary, (rows, shape.tokens), generator=generator),
         }
 
     return Workload(towers={"image": model.visual, "text": model.text}, draw=draw)
@@ -110,7 +165,12 @@ def of_recipe(name: str) -> Workload:
     return Workload(towers=model.towers(), draw=draw, batch_norm=statistics)
 
 
-BUILT: dict[str, Callable[[], Workload]] = {"vit-tiny": vit_tiny, "open-clip": open_clip}
+BUILT: dict[str, Callable[[], Workload]] = {
+    "vit-tiny": partial(vit, TINY),
+    "vit-b16": partial(vit, B16),
+    "open-clip": partial(open_clip, TINY),
+    "open-clip-b16": partial(open_clip, B16),
+}
 NAMES = (*BUILT, *RECIPES)
 
 

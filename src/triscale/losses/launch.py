@@ -61,7 +61,7 @@ TABLE: dict[tuple[str, str], Blocks] = {
     ("sigmoid_weights", "scores"): Blocks(32, 256, 16, 8, 1),
 }
 """Blocks by kernel and by operands: 16 bits, TF32 or float32 products, or scores that are read. Those of the fused form
-fit the registers and the shared memory of compute capability 9.0 with at most 100 bytes spilled (as compiled by Triton 3.6)."""
+fit the registers and the shared memory of compute capability 9.0, with at most 100 bytes spilled (by Triton 3.6)."""
 GROUP = 8
 """So many rows of blocks run together."""
 

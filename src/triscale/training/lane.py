@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from triscale import distributed
 from triscale.randomness import derive_seed
-from triscale.training import parallel
+from triscale.training import compilation, parallel, staging
 
 Rows = Any
 """A lane's inputs: anything with len() and [a:b], such as a tensor, an array, a memory map, a view that decodes."""
@@ -101,6 +101,9 @@ class Lane:
         self.device = device_of(tower)
         self.trainable = is_trainable(tower)
         self.sharded = parallel.is_sharded(tower)
+        self.compiled = compilation.is_compiled(tower)
+        if self.device.type == "cuda":
+            compilation.refuse_cuda_graphs(tower)
         self.first_kept = max(0, len(parts) - keep) if self.trainable else len(parts)
         self.kept: list[Tensor] = []
         self.embeddings: Tensor | None = None
@@ -117,33 +120,42 @@ class Lane:
 
     def read(self, rows: slice) -> Tensor:
         """The inputs of `rows`, where the tower is."""
-        inputs = self.inputs[rows]
-        inputs = inputs if isinstance(inputs, Tensor) else torch.as_tensor(inputs)
-        return inputs.to(self.device, non_blocking=True)
+        return self._tensor(rows).to(self.device, non_blocking=True)
 
-    def _read_ahead(self, order: Sequence[slice]) -> Iterator[Tensor]:
-        """The inputs of each of `order`; each is read and moved while the one before it goes through the tower."""
+    def _tensor(self, rows: slice) -> Tensor:
+        """The inputs of `rows`, where they are."""
+        inputs = self.inputs[rows]
+        if isinstance(inputs, np.ndarray) and not inputs.flags.writeable:
+            inputs = np.array(inputs)  # such as a file mapped for reading: every tensor may be written to
+        return inputs if isinstance(inputs, Tensor) else torch.as_tensor(inputs)
+
+    def _read_ahead(self, order: Sequence[slice]) -> Generator[Tensor, None, None]:
+        """The inputs of each of `order`; each is read and moved while the one before it goes through the tower.
+
+        To be closed by whoever leaves it early: then no thread is left, no copy under way and no buffer held.
+        """
         if len(order) < 2 or (isinstance(self.inputs, Tensor) and self.inputs.device == self.device):
             yield from map(self.read, order)
-            return
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            following = reader.submit(self.read, order[0])
-            for rows in order[1:]:
-                inputs, following = following.result(), reader.submit(self.read, rows)
-                yield inputs
-            yield following.result()
+        elif self.device.type == "cuda":
+            yield from staging.staged(order, self._tensor, self.device)
+        else:
+            yield from staging.one_ahead(order, self.read, lambda inputs: inputs)
 
     def first_pass(self) -> None:
         """Embed all rows, the last `keep` micro-batches with a graph."""
-        with nullcontext() if self.trainable else evaluation_mode(self.tower):
-            for index, (rows, inputs) in enumerate(zip(self.parts, self._read_ahead(self.parts), strict=True)):
-                with torch.set_grad_enabled(index >= self.first_kept):
+        mode = nullcontext() if self.trainable else evaluation_mode(self.tower)
+        with mode, closing(self._read_ahead(self.parts)) as ahead:
+            for index, (rows, inputs) in enumerate(zip(self.parts, ahead, strict=True)):
+                kept = index >= self.first_kept
+                # A compiled tower runs the code of the second pass here, too, whatever it keeps for nothing.
+                with torch.set_grad_enabled(kept or (self.compiled and self.trainable)):
                     output = self.embed(inputs, rows)
-                if index >= self.first_kept:
+                if kept:
                     self.kept.append(output)
                 if self.embeddings is None:
                     self.embeddings = output.new_empty((len(self.inputs), *output.shape[1:]))
                 self.embeddings[rows] = output.detach()
+                del output  # with its graph, before the next one is made
 
     def take_embeddings(self) -> Tensor:
         """Hand over the embeddings (b, d) of the first pass; a few columns stay, to compare the second with."""
@@ -162,14 +174,14 @@ class Lane:
         buffers = [(b, b.clone()) for b in self.tower.buffers()]
         if self.sharded:
             gradient = gradient.mul_(distributed.world_size())
-        ahead = self._read_ahead(self.parts[: self.first_kept][::-1])
-        for index in reversed(range(len(self.parts))):
-            rows = self.parts[index]
-            output = self.kept.pop() if self.kept else self._embed_again(next(ahead), rows)
-            if self.sharded:
-                parallel.reduce_with_next_backward(self.tower, self.reduce == "every" or index == 0)
-            torch.autograd.backward(output, gradient[rows])
-            del output  # before the next one is made
+        with closing(self._read_ahead(self.parts[: self.first_kept][::-1])) as ahead:
+            for index in reversed(range(len(self.parts))):
+                rows = self.parts[index]
+                output = self.kept.pop() if self.kept else self._embed_again(next(ahead), rows)
+                if self.sharded:
+                    parallel.reduce_with_next_backward(self.tower, self.reduce == "every" or index == 0)
+                torch.autograd.backward(output, gradient[rows])
+                del output  # before the next one is made
         put_back(buffers)
 
     def _embed_again(self, inputs: Tensor, rows: slice) -> Tensor:

@@ -128,6 +128,14 @@ def rematerialise(tower: nn.Module, mode: str, blocks: Iterable[nn.Module] | Non
     return tower
 
 
+def mode_of(module: nn.Module) -> str:
+    """The mode in which `rematerialise` was given this module as a block; "none" if it was not."""
+    forward = vars(module).get("forward")
+    if not isinstance(forward, functools.partial) or forward.func is not _rematerialised:
+        return "none"
+    return "selective" if forward.args[1] else "block"
+
+
 def _rematerialised(block: nn.Module, selective: bool, *args: Any, **kwargs: Any) -> Any:
     """The block's forward pass; where a gradient is asked for, it keeps only what its mode says."""
     plain = type(block).forward

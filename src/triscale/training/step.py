@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -255,10 +256,13 @@ class ContrastiveStep:
         probe = lane.read(rows)
         buffers = [(b, b.clone()) for b in tower.buffers()]
         sizes = sorted({max(1, len(probe) // 2), len(probe)})
-        counted = [
-            memory.activation_bytes(tower, lambda part=probe[:size]: lane.embed(part, rows), probe[:size])
-            for size in sizes
-        ]
+        # A compiled tower is measured uncompiled, which keeps as much or a little more: what counts must not be
+        # compiled in, and a run compiles for its own micro-batches first, when it begins and when it goes on.
+        with torch.compiler.set_stance("force_eager") if lane.compiled else nullcontext():
+            counted = [
+                memory.activation_bytes(tower, lambda part=probe[:size]: lane.embed(part, rows), probe[:size])
+                for size in sizes
+            ]
         put_back(buffers)
         per_row = counted[-1] / sizes[-1] if len(sizes) == 1 else (counted[1] - counted[0]) / (sizes[1] - sizes[0])
         return ActivationBytes(max(0.0, counted[-1] - per_row * sizes[-1]), per_row)
