@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import hypothesis
@@ -13,6 +14,11 @@ from jaxtyping import install_import_hook
 # As for type checkers, an int may stand where a float is asked for (PEP 484).
 assert not any(name.split(".")[0] == "triscale" for name in sys.modules), "triscale was imported before its hook"
 install_import_hook("triscale", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+# Without a card, kernels run in Triton's interpreter. Triton decides that as it is imported, whoever does so first.
+assert "triton" not in sys.modules, "triton was imported before its interpreter was asked for"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The same examples on every machine, however slow it is.
 hypothesis.settings.register_profile("same_everywhere", derandomize=True, deadline=None, database=None)

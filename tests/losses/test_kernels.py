@@ -38,10 +38,9 @@ def load_kernels() -> None:
     spec.loader.exec_module(sys.modules[name])
 
 
-with pytest.MonkeyPatch.context() as patch:
-    if not ON_CUDA:  # Triton decides when a kernel is defined, and asks again when it runs
-        patch.setenv("TRITON_INTERPRET", "1")
-    load_kernels()
+if not ON_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # as conftest has it; a rank's own process has no conftest
+load_kernels()
 interpreted = pytest.mark.skipif(ON_CUDA, reason="kernels are compiled where there is a CUDA device")
 
 LITERAL = {"info_nce": reference.info_nce, "sigmoid": reference.sigmoid, "nt_xent": reference.nt_xent}
@@ -94,7 +93,6 @@ def use_kernels_on_the_cpu(setattr_: Callable[[Any, str, Any], None]) -> None:
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     use_kernels_on_the_cpu(monkeypatch.setattr)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with launch.using(table=SMALL):
         yield
 
@@ -226,7 +224,6 @@ OVER_RANKS = list(itertools.product(LITERAL, ["gather", "blocks"], ["inputs", "f
 def every_case(rank: int, world: int) -> dict[str, Any]:
     """Gradients of this rank's rows and shares of the parameters'."""
     use_kernels_on_the_cpu(setattr)
-    os.environ["TRITON_INTERPRET"] = "1"
     mine = slice(sum(COUNTS[:rank]), sum(COUNTS[: rank + 1]))
     results = {}
     with launch.using(table=SMALL):
