@@ -276,7 +276,7 @@ def test_arbitrary_bytes_give_a_bad_sample(tail: bytes, magic: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("min_side", "shape"), [(None, (240, 320)), (121, (240, 320)), (120, (120, 160)), (30, (30, 40))]
+    ("min_side", "shape"), [(None, (240, 320)), (121, (240, 320)), (120, (120, 160)), (91, (120, 160)), (30, (30, 40))]
 )
 def test_a_jpeg_may_come_smaller_but_never_below_the_wanted_side(min_side: int | None, shape: tuple[int, int]) -> None:
     big = picture(240, 320)
@@ -320,6 +320,22 @@ def test_reducing_averages_rather_than_skips_pixels(fit) -> None:
     board = np.indices((256, 256)).sum(0) % 2 * np.uint8(255)
     reduced = fit_square(np.repeat(board[..., None], 3, 2).astype(np.uint8), 16, fit)
     assert np.abs(reduced.astype(int) - 127).max() <= 2
+
+
+@pytest.mark.parametrize(("size", "shape"), [(24, (48, 64)), (17, (200, 90)), (64, (20, 33))])
+def test_resizing_is_pillows_antialiased_bicubic(size: int, shape: tuple[int, int]) -> None:
+    image = picture(*shape)
+    side = min(shape)
+    top, left = (shape[0] - side) // 2, (shape[1] - side) // 2
+    square = Image.fromarray(image[top : top + side, left : left + side].copy())
+    expected = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(fit_square(image, size, "crop") - expected).max() <= 1
+
+
+def test_an_image_that_may_not_be_written_to_is_resized() -> None:
+    image = picture(40, 40)
+    image.flags.writeable = False
+    assert fit_square(image, 16, "crop").shape == (16, 16, 3)
 
 
 def test_enlarging_keeps_a_plain_colour() -> None:

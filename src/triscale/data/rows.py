@@ -180,8 +180,8 @@ class BatchReader:
         if canvas is None:
             image = sample.image
             if isinstance(image, bytes):
-                # A photograph is decoded at a fraction of its size; twice the side is left for antialiased reduction.
-                image = decode_image(image, min_side=2 * self._size)
+                # A photograph is decoded at a fraction of its size, the rest of the reduction is antialiased.
+                image = decode_image(image, min_side=self._size)
             canvas = fit_square(image, self._size, self.settings.fit)
             if self._caches:
                 self._canvases[place] = canvas
