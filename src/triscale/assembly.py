@@ -17,10 +17,11 @@ from torch import nn
 from triscale.config import LANES, RunConfig
 from triscale.data.augment import Augmentation
 from triscale.data.captions import all_captions
-from triscale.data.loader import open_source, require_batch
+from triscale.data.loader import require_batch
 from triscale.data.order import Order
 from triscale.data.rows import BatchReader
 from triscale.data.samples import BadSample, Source
+from triscale.data.sources import needs_root, open_source
 from triscale.data.text import Tokenizer, train_tokenizer
 from triscale.errors import RunError, UsageError
 from triscale.evaluation.encoder import Encoder
@@ -84,9 +85,9 @@ def make_tokenizer(config: RunConfig, source: Source, saved: Path | None = None)
 def open_training_data(config: RunConfig) -> Source:
     """The training source; UsageError where it is missing or does not fill one batch."""
     data = config.data
-    if data.train != "scenes" and not data.root and not os.path.isabs(data.train):
+    if data.train and not data.root and needs_root(data.train):
         raise UsageError(f"this recipe reads {data.train!r} below a folder of yours: name it with --data.root DIR")
-    source = open_source(data.train, data.root)
+    source = open_source(data.train, data.root, data.columns)
     require_batch(len(source), config.batch.size)
     return source
 

@@ -260,7 +260,7 @@ def data_tokenizer(arguments: Sequence[str]) -> int:
 
     options = _parse(TokenizerOptions, arguments, "triscale data tokenizer", data_tokenizer.__doc__ or "")
     from triscale.assembly import captions_of
-    from triscale.data.loader import open_source
+    from triscale.data.sources import open_source
     from triscale.data.text import Tokenizer, train_tokenizer
 
     model = train_tokenizer(captions_of(open_source(options.source, ""), options.fields), options.vocabulary)

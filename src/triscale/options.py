@@ -68,7 +68,7 @@ class TokenizerOptions:
     """triscale data tokenizer SOURCE FILE"""
 
     source: Positional[str]
-    """Training source: "scenes", or shards as a path or glob such as "DIR/train/*.tar"."""
+    """Whose captions: "scenes", "DIR/train/*.tar", or any other source (docs/data.md)."""
     output: Positional[str]
     """File for the sentencepiece model; --data.tokenizer takes it."""
     vocabulary: int = 8192

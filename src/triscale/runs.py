@@ -36,8 +36,7 @@ from triscale.assembly import (
 from triscale.config import LANES, RunConfig, validate
 from triscale.data.quarantine import Quarantine
 from triscale.data.rows import BatchReader
-from triscale.data.samples import Source
-from triscale.data.shards import ShardSource
+from triscale.data.samples import PartlyUsed, Source
 from triscale.errors import LostProcess, UsageError
 from triscale.evaluation.datasets import EvaluationSet, open_sets
 from triscale.evaluation.encoder import Encoder
@@ -265,7 +264,7 @@ def _open_log(run: Run) -> RunLog:
 
 def _note_start(run: Run, log: RunLog, quarantine: Quarantine, step: ContrastiveStep, start: int) -> None:
     """Say what is about to be trained, and what of the data is not used."""
-    if isinstance(run.source, ShardSource) and run.source.skipped:
+    if isinstance(run.source, PartlyUsed) and run.source.skipped:
         quarantine.list_unused(run.source.name, run.source.skipped)
         counts = Counter(reason for _, reason in run.source.skipped)
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())

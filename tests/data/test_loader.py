@@ -27,10 +27,11 @@ from pictures import SETTINGS, Pictures, assert_equal, joined, make_reader
 from triscale.config import RunConfig
 from triscale.data import loader, rows
 from triscale.data.augment import Augmentation
-from triscale.data.loader import batches, open_source, require_batch, rows_in_flight
+from triscale.data.loader import batches, require_batch, rows_in_flight
 from triscale.data.order import Order
 from triscale.data.rows import Batch, BatchReader, Row, StreamedBatch
 from triscale.data.samples import Sample
+from triscale.data.sources import open_source
 from triscale.errors import RunError, UsageError
 from triscale.models.settings import ModelSettings
 from triscale.runs import train_run

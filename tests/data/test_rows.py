@@ -15,11 +15,11 @@ from torch import Tensor
 from pictures import SETTINGS, Pictures, assert_equal, joined, make_reader
 from triscale.data import rows
 from triscale.data.augment import Augmentation
-from triscale.data.loader import open_source
 from triscale.data.order import Order
 from triscale.data.rows import BatchReader, StreamedBatch
 from triscale.data.samples import Sample
 from triscale.data.settings import DataSettings
+from triscale.data.sources import open_source
 from triscale.data.text import Tokenizer
 from triscale.errors import RunError
 

@@ -327,7 +327,7 @@ def read_images(source: shards.ShardSource, indices: list[int]) -> list[object]:
 
 
 def test_threads_and_processes_read_the_same_with_fewer_files_open_than_shards(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(shards, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards, "OPEN_FILES", 2)
     for number in range(6):
         entries: list = [(f"{number}-{i}.jpg", b"%d-%d" % (number, i) * 50) for i in range(20)]
         (tmp_path / f"{number}.tar").write_bytes(tar_bytes(entries))

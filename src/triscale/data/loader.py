@@ -19,27 +19,11 @@ import torch
 
 from triscale.data.quarantine import BadRecord
 from triscale.data.rows import PIECE_ROWS, Batch, BatchReader, StreamedBatch
-from triscale.data.samples import Source
-from triscale.data.scenes import Scenes
-from triscale.data.shards import open_shards
 from triscale.data.workers import run
 from triscale.errors import UsageError
 
 BATCHES_AHEAD = 2
 """Batches under way in the workers: one is made while the other waits, and a third is trained on."""
-
-
-def open_source(spec: str, root: str) -> Source:
-    """The training source that `spec` names: "scenes", or tar shards as a path or glob below `root`.
-
-    Raises:
-        UsageError: nothing is named, or the shards are missing, damaged or empty.
-    """
-    if not spec:
-        raise UsageError('no training data is named: --data.train takes "scenes" or shards such as "train/*.tar"')
-    if spec == "scenes":
-        return Scenes("train")
-    return open_shards(spec, root=root)
 
 
 def require_batch(samples: int, batch_size: int) -> None:

@@ -19,8 +19,8 @@ from PIL import Image
 
 from triscale.data import scenes
 from triscale.data.decode import image_extension
+from triscale.data.entries import leaves_its_folder, sample_name
 from triscale.data.samples import BadSample, Sample, Source
-from triscale.data.shards import leaves_its_folder, sample_name
 from triscale.errors import RunError, UsageError
 
 SAMPLES_PER_SHARD = 1000

@@ -42,6 +42,16 @@ class BadSample(Exception):
 
 
 @runtime_checkable
+class PartlyUsed(Protocol):
+    """A source that holds more than it gives."""
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """(key, reason) of everything in it that is not used, such as links and second samples of a key."""
+        ...
+
+
+@runtime_checkable
 class Source(Protocol):
     """A finite, indexed collection of samples. May be pickled to worker processes and read from several at once."""
 

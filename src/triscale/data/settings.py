@@ -51,9 +51,15 @@ class DataSettings:
     """Where samples come from and what becomes of them on the way to the towers."""
 
     root: str = ""
-    """Folder that `train` and `eval` are relative to."""
+    """Folder that `train` and `eval` are relative to, and paths in tables, which must not leave it."""
     train: str = ""
-    """Training source: "scenes", or tar shards as a path or glob below `root`, such as "train/*.tar"."""
+    """Training source: "scenes"; tar shards, CSV or Parquet files below `root` as paths, globs or brace ranges,
+    separated by spaces ("train/*.tar", "{00..12}.tar", "pairs.csv", "*.parquet"); "folder:DIR" of images with KEY.txt
+    beside them; "classes:DIR" of class folders; "hf:NAME[/CONFIG][:SPLIT]", a Hugging Face data set. See docs/data.md.
+    """
+    columns: tuple[str, ...] = ()
+    """Columns of tables: "image=NAME", "caption=NAME" (several: all are candidates), "label=NAME". Usual names such as
+    filepath, image, title, caption, text and label need not be told."""
     eval: tuple[str, ...] = ()
     """Evaluation sets: "scenes:NAME", or folders in CLIP_benchmark's layout as paths or globs below `root`."""
     shifts: tuple[str, ...] = ()

@@ -23,9 +23,10 @@ from jaxtyping import UInt8
 
 from triscale.data.captions import all_captions, read_label
 from triscale.data.decode import decode_image
+from triscale.data.folders import ClassFolders
 from triscale.data.samples import BadSample, Sample, Source
 from triscale.data.scenes import CLASSNAMES, SPLITS, TEMPLATES, Scenes
-from triscale.data.shards import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, open_shards
+from triscale.data.shards import open_shards
 from triscale.errors import UsageError
 
 CLASSNAMES_FILE = "classnames.txt"
@@ -106,26 +107,6 @@ class EvaluationSet:
                 f"{where}: label {label} is out of range; {len(self.class_of_label)} class names count from 0"
             )
         return self.class_of_label[label]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassFolders:
-    """A source of images that lie in one folder per class. Labels count the folders in order of their names."""
-
-    name: str
-    files: tuple[tuple[str, int], ...]
-    """Path and label of every image."""
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, index: int, *, image: bool = True) -> Sample:
-        """Sample `index`; its key is the class folder and file name."""
-        path, label = self.files[index]
-        key = "/".join(Path(path).parts[-2:])
-        if os.path.getsize(path) > MAX_IMAGE_BYTES:
-            raise BadSample("image-too-large", key)
-        return Sample(key=key, image=Path(path).read_bytes() if image else b"", label=str(label).encode())
 
 
 def open_set(spec: str, root: str = "") -> EvaluationSet:
@@ -216,25 +197,19 @@ def _open_webdataset(folder: Path) -> EvaluationSet:
 
 
 def _open_class_folders(folder: Path) -> EvaluationSet:
-    folders = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    files = [
-        (str(path), label)
-        for label, class_folder in enumerate(folders)
-        for path in sorted(class_folder.iterdir())
-        if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS and path.is_file()
-    ]
-    if not files:
-        inner = [entry for entry in folders if (entry / SHARD_COUNT_FILE).exists()]
+    try:
+        source = ClassFolders(str(folder), _set_name(folder))
+    except UsageError as fault:
+        inner = [entry for entry in folder.iterdir() if (entry / SHARD_COUNT_FILE).exists()]
         hint = f"for the sets inside it, give {_quote(str(folder / '*'))}" if inner else "see the documented layouts"
         raise UsageError(
             f"evaluation set {_quote(str(folder))}: neither {SHARD_COUNT_FILE} nor class folders with images; {hint}"
-        )
-    for class_folder in folders:
-        if not class_folder.name.isprintable():
-            raise UsageError(f"class folder {_quote(str(class_folder))}: its name holds unprintable characters")
+        ) from fault
+    for classname in source.classnames:
+        if not classname.isprintable():
+            raise UsageError(f"class folder {_quote(str(folder / classname))}: its name holds unprintable characters")
     templates = _templates(folder) if (folder / TEMPLATES_FILE).exists() else ("{c}",)
-    source = ClassFolders(name=_set_name(folder), files=tuple(files))
-    return _classification(source.name, source, [entry.name for entry in folders], templates)
+    return _classification(source.name, source, source.classnames, templates, len(source.skipped))
 
 
 def _set_name(folder: Path) -> str:
