@@ -226,7 +226,7 @@ def _print_guesses(images: Iterable[str], labels: Sequence[str], probabilities: 
 
 
 def data(arguments: Sequence[str]) -> int:
-    """Write data sets and tokenizers."""
+    """Look at data, write data sets and tokenizers."""
     if not arguments or arguments[0] in ("-h", "--help"):
         rows = "\n".join(f"  {name:<10} {text}" for name, (_, text) in DATA_COMMANDS.items())
         print(f"usage: triscale data COMMAND ...\n\n{rows}")
@@ -235,22 +235,37 @@ def data(arguments: Sequence[str]) -> int:
     return command(arguments[1:])
 
 
+def data_index(arguments: Sequence[str]) -> int:
+    """Read the headers of tar shards once and write where their samples lie, so that runs start at once."""
+    from triscale.options import IndexOptions
+
+    options = _parse(IndexOptions, arguments, "triscale data index", data_index.__doc__ or "")
+    from triscale import data_commands
+
+    values, status = data_commands.index(options, _report)
+    _write_json(options.json, values)
+    return status
+
+
+def data_stats(arguments: Sequence[str]) -> int:
+    """Tell what a source holds: counts, captions, images, duplicates, bad samples by reason."""
+    from triscale.options import StatsOptions
+
+    options = _parse(StatsOptions, arguments, "triscale data stats", data_stats.__doc__ or "")
+    from triscale import data_commands
+
+    _write_json(options.json, data_commands.stats(options))
+    return 0
+
+
 def data_pack(arguments: Sequence[str]) -> int:
-    """Write the embedded data set as tar shards and evaluation sets in CLIP_benchmark's layout."""
+    """Write a source as tar shards, and the embedded data set with its evaluation sets in CLIP_benchmark's layout."""
     from triscale.options import PackOptions
 
     options = _parse(PackOptions, arguments, "triscale data pack", data_pack.__doc__ or "")
-    from triscale.data.pack import pack_scenes
+    from triscale import data_commands
 
-    _choose({"scenes": None}, options.source, "source")
-    pack_scenes(
-        options.folder,
-        size=options.size,
-        seed=options.seed,
-        train_samples=options.train_samples,
-        eval_samples=options.eval_samples,
-    )
-    print(f"{options.folder}: train/*.tar and evaluation sets wds_*")
+    data_commands.pack(options, _report)
     return 0
 
 
@@ -259,16 +274,9 @@ def data_tokenizer(arguments: Sequence[str]) -> int:
     from triscale.options import TokenizerOptions
 
     options = _parse(TokenizerOptions, arguments, "triscale data tokenizer", data_tokenizer.__doc__ or "")
-    from triscale.assembly import captions_of
-    from triscale.data.sources import open_source
-    from triscale.data.text import Tokenizer, train_tokenizer
+    from triscale import data_commands
 
-    model = train_tokenizer(captions_of(open_source(options.source, ""), options.fields), options.vocabulary)
-    try:
-        Path(options.output).write_bytes(model)
-    except OSError as error:
-        raise UsageError(f"{options.output!r} cannot be written: {error.strerror}") from error
-    print(f"{options.output}: {Tokenizer(model, length=2).vocabulary_size} tokens")
+    data_commands.tokenizer(options)
     return 0
 
 
@@ -312,7 +320,9 @@ BENCH_COMMANDS: dict[str, tuple[Command, str]] = {
     "step": (bench_step, "the gradient of a whole contrastive batch, by the step, plain autograd and peers"),
 }
 DATA_COMMANDS: dict[str, tuple[Command, str]] = {
-    "pack": (data_pack, "write the embedded data set as tar shards and evaluation sets"),
+    "index": (data_index, "write where the samples of tar shards lie, and name damaged shards"),
+    "stats": (data_stats, "tell what a source holds: captions, images, duplicates, bad samples"),
+    "pack": (data_pack, "write any source as tar shards"),
     "tokenizer": (data_tokenizer, "train a sentencepiece tokenizer from captions"),
 }
 COMMANDS: dict[str, tuple[Command, str]] = {
@@ -321,5 +331,5 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "classify": (classify, "tell which of your labels fits each of your images"),
     "verify": (verify, "hold the exact step against plain autograd for a recipe's own towers"),
     "bench": (bench, "measure time and memory beside other packages: loss, step"),
-    "data": (data, "write data sets and tokenizers: pack, tokenizer"),
+    "data": (data, "look at data, write data sets and tokenizers: index, stats, pack, tokenizer"),
 }

@@ -47,20 +47,69 @@ class ClassifyOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PackOptions:
-    """triscale data pack scenes DIR"""
+    """triscale data pack SOURCE DIR"""
 
     source: Positional[str]
-    """What to write: scenes."""
+    """What to write: any source, such as "pairs.csv" or "folder:DIR" (docs/data.md), as DIR/00000.tar and so on; or
+    "scenes", as DIR/train/*.tar and evaluation sets DIR/wds_*."""
     folder: Positional[str]
     """A new or empty folder."""
+    columns: tuple[str, ...] = ()
+    """Columns of a table: "image=NAME", "caption=NAME", "label=NAME"."""
+    root: str = ""
+    """Folder that the source is relative to."""
+    samples_per_shard: int = 1000
+    """Samples of a shard; not for scenes."""
     size: int = 32
-    """Side of the images in pixels."""
+    """Scenes: side of the images in pixels."""
     seed: int = SEED
-    """Other seeds give other scenes."""
+    """Scenes: other seeds give other scenes."""
     train_samples: int | None = None
-    """Training samples. None: all."""
+    """Scenes: training samples. None: all."""
     eval_samples: int | None = None
-    """Samples of each evaluation set. None: all."""
+    """Scenes: samples of each evaluation set. None: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions:
+    """triscale data index SHARDS..."""
+
+    shards: Positional[tuple[str, ...]]
+    """Tar shards: paths, globs or brace ranges, such as "train/{00000..00099}.tar"."""
+    root: str = ""
+    """Folder that they are relative to."""
+    check: bool = False
+    """Read the headers of shards that have a valid index, too, and compare."""
+    workers: int = 1
+    """Processes that read; 0: this one does."""
+    json: str = ""
+    """File for what became of every shard, as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsOptions:
+    """triscale data stats SOURCE"""
+
+    source: Positional[str]
+    """Any source, such as "train/*.tar", "pairs.csv" or "scenes" (docs/data.md)."""
+    columns: tuple[str, ...] = ()
+    """Columns of a table: "image=NAME", "caption=NAME", "label=NAME"."""
+    root: str = ""
+    """Folder that the source is relative to."""
+    fields: tuple[str, ...] = ("txt",)
+    """Where captions come from: "txt", or "json:NAME" for a field of the sidecar."""
+    tokenizer: str = ""
+    """A sentencepiece model that counts tokens; empty: none are counted."""
+    tokens: int = 64
+    """Length of the token rows that captions are cut at."""
+    samples: int = 100_000
+    """Samples that are read and decoded, evenly spread over the source; 0: all."""
+    workers: int = 1
+    """Processes that read and decode; 0: this one does."""
+    html: str = ""
+    """File for a page with the distributions."""
+    json: str = ""
+    """File for the figures as JSON; shares are fractions of 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +122,8 @@ class TokenizerOptions:
     """File for the sentencepiece model; --data.tokenizer takes it."""
     vocabulary: int = 8192
     """Largest number of tokens; it shrinks to what the captions allow."""
+    columns: tuple[str, ...] = ()
+    """Columns of a table: "image=NAME", "caption=NAME", "label=NAME"."""
     fields: tuple[str, ...] = ("txt",)
     """Where captions come from: "txt", or "json:NAME" for a field of the sidecar."""
 

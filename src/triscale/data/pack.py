@@ -9,7 +9,7 @@ import io
 import os
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -26,22 +26,33 @@ from triscale.errors import RunError, UsageError
 SAMPLES_PER_SHARD = 1000
 
 
-def write_shards(source: Source, folder: str | Path, samples_per_shard: int = SAMPLES_PER_SHARD) -> list[Path]:
+def write_shards(
+    source: Source,
+    folder: str | Path,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    *,
+    leave_out: Callable[[str, str], None] | None = None,
+) -> list[Path]:
     """Write all samples of a source as `folder`/00000.tar, 00001.tar, ...; returns their paths.
 
     Images that the source gives as pixels become PNG; encoded ones keep their bytes. A key that would not be read back
     as it is, or that its shard has already, is replaced by the sample's number.
 
+    Args:
+        leave_out: told key and reason of every sample that is bad, which is left out; None: the first one ends it.
+
     Raises:
         UsageError: the folder exists and is not empty, or the source is empty.
-        RunError: a sample is bad.
+        RunError: a sample is bad or cannot be read, or all are bad.
     """
     if samples_per_shard < 1:
         raise UsageError(f"a shard needs at least 1 sample, not {samples_per_shard}")
     if len(source) == 0:
         raise UsageError(f"{source.name} is empty: there is nothing to write")
     with _new_folder(Path(folder)) as partial:
-        names = _write_tars(_samples(source), partial, "{:05d}.tar", samples_per_shard)
+        names = _write_tars(_samples(source, leave_out), partial, "{:05d}.tar", samples_per_shard)
+        if not names:
+            raise RunError(f"{source.name}: all {len(source)} samples are bad: nothing is written")
     return [Path(folder) / name for name in names]
 
 
@@ -132,15 +143,23 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _samples(source: Source) -> Iterator[Sample]:
-    """The samples of a source in order. Raises RunError at one that is bad or cannot be read."""
+def _samples(source: Source, leave_out: Callable[[str, str], None] | None = None) -> Iterator[Sample]:
+    """The samples of a source in order. Raises RunError at one that cannot be read, or is bad and not left out."""
     for index in range(len(source)):
+        key = str(index)
         try:
-            yield source.read(index)
+            sample = source.read(index)
+            key = sample.key
+            if leave_out is not None and isinstance(sample.image, bytes) and not image_extension(sample.image):
+                raise BadSample("image-unreadable")
         except BadSample as fault:
-            raise RunError(f"{source.name}: sample {fault.key or index} is bad: {fault.reason}") from fault
+            if leave_out is None:
+                raise RunError(f"{source.name}: sample {fault.key or key} is bad: {fault.reason}") from fault
+            leave_out(fault.key or key, fault.reason)
+            continue
         except OSError as fault:
             raise RunError(f"{source.name}: sample {index} cannot be read: {fault}") from fault
+        yield sample
 
 
 def _with_class(sample: Sample, classes: int) -> Sample:

@@ -173,7 +173,9 @@ def read_counts(shard_folder: str) -> dict[str, tuple[Stamp, Count]]:
     """File name to stamp and count of the shards in a folder that have an index; the folder's own word goes first."""
     counts: dict[str, tuple[Stamp, Count]] = {}
     for folder in reversed(index_folders(shard_folder)):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # damaged: as if not there
+        with contextlib.suppress(
+            OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError
+        ):  # damaged: as if not there
             listed = json.loads(_read_small(os.path.join(folder, COUNTS_FILE), _MAX_COUNTS_BYTES))
             if listed["version"] == 1:
                 counts.update((str(name), _entry(values)) for name, values in listed["shards"].items())

@@ -75,6 +75,8 @@ def _kind_of_files(spec: str, root: str) -> str:
     if os.path.isdir(os.path.join(root, spec)):
         folder = os.path.join(root, spec)
         raise UsageError(f"{folder} is a folder: write folder:{spec}, classes:{spec} or {_files_in(folder, spec)}")
+    if not os.path.exists(os.path.join(root, spec)) and not set(spec) & set("./*?[{ "):
+        raise UsageError(f"there is nothing named {spec!r}: expected {EXPECTED}")
     files = matching_files(split_patterns(spec, root), root)
     kinds = {file: EXTENSIONS.get(os.path.splitext(file)[1].lower(), "") for file in files}
     unknown = [file for file, kind in kinds.items() if not kind]

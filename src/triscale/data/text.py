@@ -102,6 +102,10 @@ class Tokenizer:
         """The number of tokens, special ones included; every token is below it."""
         return self._processor.vocab_size()
 
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text with the end token, uncut: above `length`, `encode` cuts it."""
+        return [len(tokens) + 1 for tokens in self._processor.encode(list(texts), num_threads=1)]
+
     def encode(self, texts: Sequence[str]) -> Int64[np.ndarray, "n length"]:
         """Token rows: a text's tokens, cut where too long, the end token, then padding (0)."""
         rows = np.full((len(texts), self.length), PAD, dtype=np.int64)
