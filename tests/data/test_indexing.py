@@ -245,9 +245,9 @@ SHARDS, SAMPLES = 10_000, 1_000
 OPEN = r"""
 import re, sys, time
 from pathlib import Path
-from triscale.data.shards import open_shards
+from triscale.data.sources import open_source
 before = time.perf_counter()
-source = open_shards("{00000..09999}.tar", root=sys.argv[1])
+source = open_source("{00000..09999}.tar", sys.argv[1])
 opened = time.perf_counter() - before
 for index in range(0, len(source), len(source) // 500):
     source.read(index)

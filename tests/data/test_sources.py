@@ -116,6 +116,8 @@ def test_columns_are_refused_where_there_are_none(root: Path) -> None:
         ("/data/*.tar more.tar", True),
         ("folder:/data", False),
         ("folder:data", True),
+        ("folder:/my data", False),
+        ("'/my data/*.tar'", False),
     ],
 )
 def test_a_root_is_needed_for_relative_paths_alone(spec: str, needed: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -55,7 +56,7 @@ class CsvSource:
 
     def __init__(self, name: str, paths: Sequence[str], folder: str, columns: Sequence[str] = ()) -> None:
         self.name = name
-        self.folder = folder
+        self.folder = os.path.realpath(folder)
         self._tables = [_open_table(path, columns) for path in paths]
         self._ends = np.cumsum([table.rows for table in self._tables])
         stamps = [table.stamp for table in self._tables]
@@ -80,7 +81,7 @@ class CsvSource:
         number = int(np.searchsorted(self._ends, index, side="right"))
         table = self._tables[number]
         row = index - (int(self._ends[number - 1]) if number else 0)
-        key = f"{table.path.rpartition('/')[2]}#{row}"
+        key = f"{os.path.basename(table.path)}#{row}"
         fields = _fields(self._record(number, row), table, key)
         columns = table.columns
         return make_sample(

@@ -27,7 +27,8 @@ def read_below(folder: str, path: str, limit: int, *, key: str, field: str, too_
     """The content of the file `path`, which comes from a table or a directory that is not to be trusted.
 
     Args:
-        folder: the folder that `path` is relative to and must not leave, by `..`, as an absolute path or by a link.
+        folder: as os.path.realpath gives it: what `path` is relative to and must not leave, by `..`, as an absolute
+            path or by a link.
         path: relative, or absolute and below `folder`.
         limit: most bytes that are read.
         key: of the sample, for the error.
@@ -38,7 +39,6 @@ def read_below(folder: str, path: str, limit: int, *, key: str, field: str, too_
         BadSample: FIELD-path-outside, FIELD-missing, FIELD-not-a-file (a folder, pipe, device) or `too_large`.
         OSError: reading failed.
     """
-    folder = os.path.realpath(folder)
     try:
         whole = os.path.realpath(os.path.join(folder, path))
         if os.path.commonpath([folder, whole]) != folder:

@@ -36,7 +36,7 @@ class CaptionedFolder:
 
     def __init__(self, folder: str, name: str) -> None:
         self.name = name
-        self.folder = folder
+        self.folder = os.path.realpath(folder)
         self.skipped: list[tuple[str, str]] = []
         self._endings: list[str] = [""]
         keys: list[str] = []
@@ -97,7 +97,7 @@ class ClassFolders:
 
     def __init__(self, folder: str, name: str) -> None:
         self.name = name
-        self.folder = folder
+        self.folder = os.path.realpath(folder)
         self.skipped: list[tuple[str, str]] = []
         paths: list[str] = []
         for inner, files in _walk(folder, self.skipped):
@@ -152,7 +152,7 @@ def _walk(folder: str, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, li
         folders = [entry for entry in shown if entry.is_dir()]
         skipped += [(printable(inner + entry.name), "entry-is-link") for entry in folders if entry.is_symlink()]
         to_do += [f"{inner}{entry.name}/" for entry in reversed(folders) if not entry.is_symlink()]
-        yield inner, [entry.name for entry in shown if entry not in folders]
+        yield inner, [entry.name for entry in shown if not entry.is_dir()]
 
 
 def _class_folders(folder: str) -> list[str]:

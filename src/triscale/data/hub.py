@@ -76,8 +76,8 @@ class HubSource:
         if isinstance(path, str):
             for folder in self._folders:
                 if path.startswith(os.path.join(folder, "")):
-                    return folder
-        return self._folders[0]
+                    return os.path.realpath(folder)
+        return os.path.realpath(self._folders[0])
 
 
 def open_hub(spec: str, root: str, columns: Sequence[str] = ()) -> HubSource:

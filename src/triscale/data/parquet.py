@@ -50,7 +50,7 @@ class ParquetSource:
 
     def __init__(self, name: str, paths: Sequence[str], folder: str, columns: Sequence[str] = ()) -> None:
         self.name = name
-        self.folder = folder
+        self.folder = os.path.realpath(folder)
         rows, file_of_group, number_in_file = list[int](), list[int](), list[int]()
         stamps: list[tuple[int, int]] = []
         self._columns: Columns | None = None

@@ -67,7 +67,10 @@ def split_kind(spec: str) -> tuple[str, str]:
 def needs_root(spec: str) -> bool:
     """Whether what `spec` names lies relative to a root."""
     kind, rest = split_kind(spec)
-    return kind not in ("scenes", "hf") and not all(os.path.isabs(part) for part in rest.split())
+    if kind in ("scenes", "hf"):
+        return False
+    paths = [rest] if kind in ("folder", "classes") else split_patterns(rest, "")
+    return not all(os.path.isabs(path) for path in paths)
 
 
 def _kind_of_files(spec: str, root: str) -> str:

@@ -114,6 +114,8 @@ def _histogram(axes: Axes, values: np.ndarray, label: str) -> None:
     """Bars up to the 99.5th percentile; what lies beyond is in the last one."""
     whole = np.issubdtype(values.dtype, np.integer)
     low, high = float(values.min()), float(np.percentile(values, 99.5))
+    if high - low < 0.1 * abs(low):  # nearly all alike: a bar in the middle, not a full picture
+        low, high = np.floor(0.95 * low) if whole else 0.95 * low, np.ceil(1.05 * high) if whole else 1.05 * high
     if whole and high - low < 60:
         edges = np.arange(low, high + 2) - 0.5
     else:

@@ -80,7 +80,7 @@ def make_sample(key: str, image: object, captions: Sequence[object], label: obje
         image: bytes, a path below `folder`, {"bytes": ..., "path": ...}; b"" where it was not asked for.
         captions: text, lists of text, or None where there is none; each is one line of the sample's text.
         label: a number or its digits; None where there is none.
-        folder: what paths are relative to and must not leave.
+        folder: what paths are relative to and must not leave, as os.path.realpath gives it.
 
     Raises:
         BadSample: the image is missing, empty, too large or outside of the folder.
