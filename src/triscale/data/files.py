@@ -20,10 +20,12 @@ OPEN_FILES = 64
 """Files that a source holds open at once."""
 Kept = TypeVar("Kept")
 
-_NO_SUCH_PATH = (errno.ELOOP, errno.ENAMETOOLONG)
+_NO_SUCH_PATH = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
-def read_below(folder: str, path: str, limit: int, *, key: str, field: str, too_large: str) -> bytes:
+def read_below(
+    folder: str, path: str, limit: int, *, key: str, field: str, too_large: str, listed: bool = False
+) -> bytes:
     """The content of the file `path`, which comes from a table or a directory that is not to be trusted.
 
     Args:
@@ -34,6 +36,7 @@ def read_below(folder: str, path: str, limit: int, *, key: str, field: str, too_
         key: of the sample, for the error.
         field: what it is, for reasons: "image", "caption", ...
         too_large: the reason where it is larger.
+        listed: it was there at opening: that it is gone is a failed read, which may succeed later.
 
     Raises:
         BadSample: FIELD-path-outside, FIELD-missing, FIELD-not-a-file (a folder, pipe, device) or `too_large`.
@@ -45,12 +48,12 @@ def read_below(folder: str, path: str, limit: int, *, key: str, field: str, too_
             raise BadSample(f"{field}-path-outside", key)
         # Links are resolved by now. A pipe would block at opening.
         descriptor = os.open(whole, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: NUL in the path
+    except ValueError:  # NUL in the path
         raise BadSample(f"{field}-missing", key) from None
     except OSError as error:
-        if error.errno in _NO_SUCH_PATH:
-            raise BadSample(f"{field}-missing", key) from None
-        raise
+        if listed or error.errno not in _NO_SUCH_PATH:
+            raise
+        raise BadSample(f"{field}-missing", key) from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -60,8 +61,8 @@ class CaptionedFolder:
         """Sample `index`, 0 <= index < len; without `image` only its sidecars are read.
 
         Raises:
-            BadSample: a file is too large, gone, no regular file, or outside of the folder.
-            OSError: reading failed.
+            BadSample: a file is too large, no regular file any more, or outside of the folder.
+            OSError: reading failed, or a file is gone that was there at opening.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has no sample {index}")
@@ -75,6 +76,7 @@ class CaptionedFolder:
                     LIMITS[field],
                     key=printable(key),
                     field=_FIELD_NAMES[field],
+                    listed=True,
                     too_large=TOO_LARGE[field],
                 )
         return Sample(key=printable(key), image=parts[0] or b"", text=parts[1], metadata=parts[2], label=parts[3])
@@ -123,7 +125,7 @@ class ClassFolders:
         content = b""
         if image:
             content = read_below(
-                self.folder, path, MAX_IMAGE_BYTES, key=key, field="image", too_large="image-too-large"
+                self.folder, path, MAX_IMAGE_BYTES, key=key, field="image", listed=True, too_large="image-too-large"
             )
         text = printable(self.classnames[label]).encode()
         return Sample(key=key, image=content, text=text, label=str(label).encode())
@@ -137,7 +139,7 @@ def printable(name: str) -> str:
 def _walk(folder: str, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
     """Every folder below `folder` as "a/b/" ("" for itself) with its files' names sorted, in order; dot names left out.
 
-    Links to folders are not followed, but added to `skipped`.
+    Links to folders are not followed, but added to `skipped`; so are links to nothing, pipes and devices.
     """
     if not os.path.isdir(folder):
         raise UsageError(f"there is no folder {folder}")
@@ -146,18 +148,38 @@ def _walk(folder: str, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, li
         inner = to_do.pop()
         try:
             entries = sorted(os.scandir(os.path.join(folder, inner)), key=lambda entry: entry.name)
+            entries = [entry for entry in entries if not entry.name.startswith(".")]
         except OSError as error:
             raise UsageError(f"cannot read {os.path.join(folder, inner)}: {error.strerror}") from error
-        shown = [entry for entry in entries if not entry.name.startswith(".")]
-        folders = [entry for entry in shown if entry.is_dir()]
-        skipped += [(printable(inner + entry.name), "entry-is-link") for entry in folders if entry.is_symlink()]
-        to_do += [f"{inner}{entry.name}/" for entry in reversed(folders) if not entry.is_symlink()]
-        yield inner, [entry.name for entry in shown if not entry.is_dir()]
+        files: list[str] = []
+        folders: list[str] = []
+        for entry in entries:
+            kind = _kind(entry)
+            if kind == "file":
+                files.append(entry.name)
+            elif kind == "folder":
+                folders.append(f"{inner}{entry.name}/")
+            else:
+                skipped.append((printable(inner + entry.name), kind))
+        to_do += reversed(folders)
+        yield inner, files
+
+
+def _kind(entry: os.DirEntry[str]) -> Literal["file", "folder", "entry-is-link", "entry-is-device"]:
+    """What an entry is: a file, by a link too; a folder; or why it is not used."""
+    try:
+        if entry.is_file():
+            return "file"
+        if entry.is_dir(follow_symlinks=False):
+            return "folder"
+    except OSError:  # a link that leads to itself
+        return "entry-is-link"
+    return "entry-is-link" if entry.is_symlink() else "entry-is-device"
 
 
 def _class_folders(folder: str) -> list[str]:
     entries = (entry for entry in os.scandir(folder) if not entry.name.startswith("."))
-    return [entry.name for entry in entries if entry.is_dir() and not entry.is_symlink()]
+    return [entry.name for entry in entries if _kind(entry) == "folder"]
 
 
 def _is_image(file: str) -> bool:
