@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from jaxtyping import TypeCheckError
 from torch import Tensor
 
 import reference
@@ -23,6 +22,7 @@ from ranks import run_ranks
 from triscale.errors import UsageError
 from triscale.losses import InfoNCE, NTXent, Sigmoid, cuda_sweeps, launch, tiles
 from triscale.losses.contrastive import ContrastiveLoss
+from triscale.losses.tiled import Options
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -255,9 +255,13 @@ def test_over_ranks_the_kernels_have_the_gradients_of_one_process() -> None:
         assert reference.largest_error(found, expected) < limit, f"{name} {exchange} {products}"
 
 
-def test_products_of_another_name_are_refused() -> None:
-    with pytest.raises((UsageError, TypeCheckError), match="fp8"):
-        InfoNCE(products="fp8")  # type: ignore[arg-type]
+def test_products_and_exchanges_of_another_name_are_refused() -> None:
+    for options, line in (
+        (Options(products="fp8"), "products is 'fp8': it must be one of inputs, float32, tf32, bf16, fp16"),  # type: ignore[arg-type]
+        (Options(exchange="ring"), "exchange is 'ring': it must be one of auto, gather, blocks"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(UsageError, match=line):
+            ContrastiveLoss(True, 10.0, 100.0, options)
 
 
 ON_DEVICE = {

@@ -145,11 +145,8 @@ class Tile:
     def __init__(self, scores: Scores, piece: Piece, rows: slice, columns: slice) -> None:
         self.x, self.y = scores.x[rows], piece.rows[columns]
         self._tf32 = scores.tf32
-        self._scores = score_product(self.x, self.y) if form() == "library" else self._no_scores()
+        self._scores = score_product(self.x, self.y) if form() == "library" else scores.x.new_empty(1).float()
         self.diagonal = scores.ranks.first + rows.start - piece.start - columns.start
-
-    def _no_scores(self) -> Tensor:
-        return self.x.new_empty(1, dtype=torch.float32)
 
     def blocks(self, kernel: str) -> Blocks:
         """How `kernel` is cut up."""

@@ -38,6 +38,7 @@ from triscale.losses.tiles import (
     TileShape,
     exponent_shift,
     precise,
+    precise_dtype,
     precise_sum,
     row_tiles,
     tile_minima,
@@ -121,8 +122,8 @@ class Scores:
         partners = self.columns.mine
         if self.without_self:  # the other view, half the rows further on
             partners = partners.roll(len(partners) // 2, 0)
-        precise_rows = torch.promote_types(self.x.dtype, torch.float32)
-        own_scores = (self.x.to(precise_rows) * partners.to(precise_rows)).sum(1) * self.bits
+        dtype = precise_dtype(self.x.dtype)
+        own_scores = (self.x.to(dtype) * partners.to(dtype)).sum(1) * self.bits
         return TileBounds(own_scores, self.ranks, tile, torch.finfo(self.x.dtype).eps)
 
 
