@@ -16,8 +16,8 @@ SOURCE = Path(__file__).parents[1] / "src"
 # "package: names" stands for package.name of each; "__init__" is the package itself.
 LAYERS = """
 errors randomness distributed
-data: __init__ settings samples order paths entries tar files shard_index shards decode augment captions text
-data: folders tables csv_rows parquet hub drawing scene_words scenes sources quarantine workers
+data: __init__ settings samples permutation shuffle order paths entries tar files shard_index shards decode augment
+data: captions text folders tables csv_rows parquet hub drawing scene_words scenes sources quarantine workers
 data: indexing stats stats_page rows loader pack
 models: __init__ settings normalisation image text projection dual_encoder presets prompts
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triscale.data.order import BLOCK_POSITIONS, Order, Permutation
+from triscale.data.order import BLOCK_POSITIONS, Order
+from triscale.data.permutation import Permutation
 from triscale.errors import UsageError
 
 

@@ -2,54 +2,44 @@
 
 A *position* counts the samples drawn since the start of training and is never reset, so a checkpoint's data state is
 one integer, and workers, processes and resumes cannot change what is trained on. Nothing is listed or shuffled in
-memory: a permutation is computed where it is asked for, by a Feistel network over any number of samples (Black and
-Rogaway, *Ciphers with Arbitrary Finite Domains*, CT-RSA 2002, sections 4 and 5: generalised Feistel, cycle walking).
+memory, see data.shuffle and data.permutation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from math import isqrt
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int64
 
+from triscale.data.shuffle import Shuffle, WholeShuffle, WindowedShuffle
 from triscale.errors import UsageError
 from triscale.randomness import derive_seed, generator
 
 BLOCK_POSITIONS = 1024
 """Positions among which a mixture's shares hold exactly."""
 
-_ROUNDS = 8
-_MASK_64 = 2**64 - 1
 
+@runtime_checkable
+class Positions(Protocol):
+    """Which sample stands at each position of a run, and what takes the place of a bad one."""
 
-class Permutation:
-    """A pseudo-random permutation of range(size) that is computed one element at a time.
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """(source, sample) at `position` >= 0."""
+        ...
 
-    Args:
-        size: number of elements, 1 <= size <= 2**40 (more works, untested).
-        key: names the permutation; other keys give unrelated ones.
-    """
+    def replacement(self, position: int, attempt: int) -> tuple[int, int]:
+        """(source, sample) that stands in at `position` after `attempt` >= 1 bad samples there."""
+        ...
 
-    def __init__(self, size: int, key: int) -> None:
-        self.size = size
-        # range(size) is embedded in a grid only just larger, so that cycle walking seldom takes a second turn.
-        self._rows = isqrt(size - 1) + 1
-        self._columns = -(-size // self._rows)
-        self._round_keys = tuple(_mix(key + turn * 0x9E3779B97F4A7C15) for turn in range(_ROUNDS))
+    def upcoming(self, source: int, position: int) -> Iterator[int]:
+        """The shards of `source` that `position` and those after it draw from, in order of need and without end.
 
-    def __getitem__(self, index: int) -> int:
-        """The element at `index`, 0 <= index < size."""
-        rows, columns, keys = self._rows, self._columns, self._round_keys
-        while True:
-            row, column = divmod(index, columns)
-            for turn in range(0, _ROUNDS, 2):
-                row = (row + _mix(column ^ keys[turn])) % rows
-                column = (column + _mix(row ^ keys[turn + 1])) % columns
-            index = row * columns + column
-            if index < self.size:
-                return index
+        Nothing where every position may be of any shard. A shard may come more than once.
+        """
+        ...
 
 
 class Order:
@@ -57,12 +47,16 @@ class Order:
 
     One source: its samples in an order that is new in every epoch, each exactly once an epoch. Several: every block
     of 1,024 positions holds a fixed number of draws from each, by largest remainder, shuffled by (seed, block); and
-    each source has its own epochs, its n-th draw being element n % N of the permutation for (seed, source, n // N).
+    each source has its own epochs. A source's n-th draw is element n % N of the permutation for (seed, source, n // N);
+    or, in windows of shards, what `WindowedShuffle` says.
 
     Args:
         sizes: number of samples N of every source.
         weights: share of every source, of any sum; None: in proportion to the sizes.
         seed: of the run.
+        shards: of every source, the number of samples in each of its shards, or None where it has none; used with
+            `window_shards` alone.
+        window_shards: shards whose samples are mixed with each other; 0: all samples of a source are.
 
     Raises:
         UsageError: a source is empty, or its weight earns it no position in a block.
@@ -72,7 +66,15 @@ class Order:
         >>> source, sample = order[1_234_567]
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None = None, *, seed: int) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float] | None = None,
+        *,
+        seed: int,
+        shards: Sequence[Sequence[int] | np.ndarray | None] = (),
+        window_shards: int = 0,
+    ) -> None:
         if not sizes:
             raise UsageError("there is no data source to draw from: name at least one")
         for source, size in enumerate(sizes):
@@ -81,32 +83,50 @@ class Order:
         self.sizes = tuple(int(size) for size in sizes)
         self.seed = seed
         self.block_counts = _block_counts(self.sizes if weights is None else weights, len(sizes))
+        counts = list(shards) or [None] * len(sizes)
+        self._shuffles: list[Shuffle] = [
+            WholeShuffle(size, seed=seed, source=source)
+            if each is None or not window_shards
+            else WindowedShuffle(each, window_shards, seed=seed, source=source)
+            for source, (size, each) in enumerate(zip(self.sizes, counts, strict=True))
+        ]
         self._block = -1
-        self._block_slots: list[tuple[int, int]] = []
-        self._permutations: list[tuple[int, Permutation] | None] = [None] * len(sizes)
+        self._slots = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         """(source, sample) at `position` >= 0."""
         source, draw = self._draw(int(position))
-        epoch, index = divmod(draw, self.sizes[source])
-        cached = self._permutations[source]
-        if cached is None or cached[0] != epoch:
-            key = derive_seed("order", self.seed, source, epoch)
-            cached = (epoch, Permutation(self.sizes[source], key))
-            self._permutations[source] = cached
-        return source, cached[1][index]
+        return source, self._shuffles[source][draw]
+
+    def at(self, positions: Int64[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """Sources and samples at `positions`, each as `self[position]` gives it."""
+        sources, draws = self._draws(positions)
+        samples = np.empty(len(positions), dtype=np.int64)
+        for source, shuffle in enumerate(self._shuffles):
+            here = np.flatnonzero(sources == source)
+            samples[here] = shuffle.at(draws[here])
+        return sources, samples
 
     def replacement(self, position: int, attempt: int) -> tuple[int, int]:
         """(source, sample) that stands in at `position` after `attempt` >= 1 bad samples there.
 
-        The same source's; each attempt names another sample, none of them the one at `position`, until all had a turn.
+        The same source's, and within its window if it has windows; each attempt names another sample, none of them the
+        one at `position`, until all had a turn.
         """
-        source, sample = self[position]
-        others = self.sizes[source] - 1
-        if others == 0:
-            return source, sample
-        steps = Permutation(others, derive_seed("replacement", self.seed, int(position)))
-        return source, (sample + 1 + steps[(attempt - 1) % others]) % (others + 1)
+        source, draw = self._draw(int(position))
+        key = derive_seed("replacement", self.seed, int(position))
+        return source, self._shuffles[source].replacement(draw, attempt, key)
+
+    def upcoming(self, source: int, position: int) -> Iterator[int]:
+        """The shards of `source` that `position` and those after it draw from, in order of need and without end.
+
+        Nothing where the source has no windows.
+        """
+        if len(self.sizes) == 1:
+            return self._shuffles[0].upcoming(position)
+        block, offset = divmod(position, BLOCK_POSITIONS)
+        drawn = int(np.count_nonzero(self._shuffled_block(block)[0][:offset] == source))
+        return self._shuffles[source].upcoming(block * self.block_counts[source] + drawn)
 
     def _draw(self, position: int) -> tuple[int, int]:
         """(source, n): `position` is the source's n-th draw."""
@@ -115,28 +135,32 @@ class Order:
         if len(self.sizes) == 1:
             return 0, position
         block, offset = divmod(position, BLOCK_POSITIONS)
-        if block != self._block:
-            self._block_slots = self._shuffled_block(block)
-            self._block = block
-        source, rank = self._block_slots[offset]
-        return source, block * self.block_counts[source] + rank
+        sources, ranks = self._shuffled_block(block)
+        source = int(sources[offset])
+        return source, block * self.block_counts[source] + int(ranks[offset])
 
-    def _shuffled_block(self, block: int) -> list[tuple[int, int]]:
+    def _draws(self, positions: Int64[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """Of every position, its source and the number n of its draw there."""
+        if len(self.sizes) == 1:
+            return np.zeros(len(positions), dtype=np.int64), positions
+        blocks, offsets = np.divmod(positions, BLOCK_POSITIONS)
+        distinct, place = np.unique(blocks, return_inverse=True)
+        slots = [self._shuffled_block(block) for block in distinct.tolist()]
+        sources = np.stack([each[0] for each in slots])[place, offsets]
+        ranks = np.stack([each[1] for each in slots])[place, offsets]
+        return sources, blocks * np.array(self.block_counts)[sources] + ranks
+
+    def _shuffled_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """For every position of the block: its source, and how many draws of that source precede it in the block."""
-        sources = np.repeat(np.arange(len(self.sizes)), self.block_counts)
-        generator("order", self.seed, "block", block).shuffle(sources)
-        ranks = np.empty_like(sources)
-        for source, count in enumerate(self.block_counts):
-            ranks[sources == source] = np.arange(count)
-        return list(zip(sources.tolist(), ranks.tolist(), strict=True))
-
-
-def _mix(value: int) -> int:
-    """Scramble 64 bits: the finaliser of MurmurHash3 (public domain, Austin Appleby)."""
-    value &= _MASK_64
-    value = (value ^ (value >> 33)) * 0xFF51AFD7ED558CCD & _MASK_64
-    value = (value ^ (value >> 33)) * 0xC4CEB9FE1A85EC53 & _MASK_64
-    return value ^ (value >> 33)
+        if block != self._block:
+            sources = np.repeat(np.arange(len(self.sizes)), self.block_counts)
+            generator("order", self.seed, "block", block).shuffle(sources)
+            ranks = np.empty_like(sources)
+            for source, count in enumerate(self.block_counts):
+                ranks[sources == source] = np.arange(count)
+            self._slots = (sources, ranks)
+            self._block = block
+        return self._slots
 
 
 def _block_counts(weights: Sequence[float], sources: int) -> tuple[int, ...]:
