@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from triscale.data.augment import Augmentation
+from triscale.data.captions import CaptionRules
 from triscale.data.order import Order
 from triscale.data.rows import Batch, BatchReader
 from triscale.data.samples import BadSample, Sample
@@ -64,7 +65,18 @@ def make_reader(source: Pictures | None = None, settings: DataSettings = SETTING
     sources = [source or Pictures()]
     tokenizer = Tokenizer(train_tokenizer([*NAMES, "a photo of it, shape 0123456789"], 60), settings.tokens)
     order = Order([len(source) for source in sources], seed=seed)
-    return BatchReader(sources, order, tokenizer, Augmentation(settings.augment, settings.image_size), settings, seed)
+    augmentation = Augmentation(settings.augment, settings.image_size)
+    return BatchReader(sources, [rules(settings)], order, tokenizer, augmentation, settings, seed)
+
+
+def rules(settings: DataSettings) -> CaptionRules:
+    """Those of a source that `settings` say nothing of its own about."""
+    return CaptionRules(
+        fields=settings.caption_fields,
+        templates=settings.caption_templates,
+        part_dropout=settings.caption_part_dropout,
+        ids=settings.ids,
+    )
 
 
 def joined(parts: list[Batch]) -> Batch:

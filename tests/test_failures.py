@@ -51,7 +51,9 @@ def small_config(folder: Path) -> RunConfig:
     if not tokenizer.exists():
         tokenizer.write_bytes(train_tokenizer(["a red circle above a blue square", "a green star"], 60))
     return RunConfig(
-        data=DataSettings(train="scenes", image_size=16, ids="label", tokens=12, tokenizer=str(tokenizer), workers=0),
+        data=DataSettings(
+            train=("scenes",), image_size=16, ids="label", tokens=12, tokenizer=str(tokenizer), workers=0
+        ),
         model=ModelSettings(
             image="resnet10t",
             image_options='{"channels": [8, 8, 8, 8], "stem_width": 8}',

@@ -17,8 +17,8 @@ SOURCE = Path(__file__).parents[1] / "src"
 LAYERS = """
 errors randomness distributed
 data: __init__ settings samples permutation shuffle order paths entries tar files shard_index shards decode augment
-data: captions text folders tables csv_rows parquet hub drawing scene_words scenes sources quarantine workers
-data: indexing stats stats_page rows loader pack
+data: lists captions text folders tables csv_rows parquet hub drawing scene_words scenes sources quarantine workers
+data: indexing stats stats_page rows loader mixture pack
 models: __init__ settings normalisation image text projection dual_encoder presets prompts
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps
 losses: dense tiled contrastive info_nce sigmoid nt_xent __init__

@@ -28,7 +28,7 @@ STEPS = 12
 def small_config() -> RunConfig:
     """A run of seconds: dropout, stochastic depth and BatchNorm on, eight micro-batches a step, some replayed."""
     return RunConfig(
-        data=DataSettings(train="scenes", image_size=24, canvas=24, ids="label", tokens=12, vocabulary=200),
+        data=DataSettings(train=("scenes",), image_size=24, canvas=24, ids="label", tokens=12, vocabulary=200),
         model=ModelSettings(
             image="resnet10t",
             image_options='{"channels": [8, 16, 16, 16], "stem_width": 8}',

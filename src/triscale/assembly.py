@@ -6,8 +6,10 @@ From here upwards code sees a whole config; everything below takes plain argumen
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -16,12 +18,14 @@ from torch import nn
 
 from triscale.config import LANES, RunConfig
 from triscale.data.augment import Augmentation
-from triscale.data.captions import all_captions
+from triscale.data.captions import CaptionRules, all_captions
+from triscale.data.lists import CLASS_MARK
 from triscale.data.loader import require_batch
-from triscale.data.order import Order
+from triscale.data.mixture import Mixture, open_mixture
 from triscale.data.rows import BatchReader
 from triscale.data.samples import BadSample, Source
-from triscale.data.sources import needs_root, open_source
+from triscale.data.settings import train_sources
+from triscale.data.sources import needs_root
 from triscale.data.text import Tokenizer, train_tokenizer
 from triscale.errors import RunError, UsageError
 from triscale.evaluation.encoder import Encoder
@@ -40,7 +44,7 @@ from triscale.training.settings import parse_compile, parse_per_lane, parse_rema
 from triscale.training.step import ContrastiveStep
 
 TOKENIZER_SAMPLES = 20_000
-"""Most samples whose captions train a tokenizer; evenly spread over the source."""
+"""Most samples whose captions train a tokenizer; evenly spread over each source."""
 
 
 def device_of(name: str) -> torch.device:
@@ -53,23 +57,24 @@ def device_of(name: str) -> torch.device:
     return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
 
 
-def captions_of(source: Source, fields: Sequence[str], templates: Sequence[str] = ()) -> Iterator[str]:
-    """Captions of at most 20,000 samples, evenly spread, then the templates' own words; bad samples are left out."""
-    count = min(len(source), TOKENIZER_SAMPLES)
+def captions_of(source: Source, rules: CaptionRules, samples: int = TOKENIZER_SAMPLES) -> Iterator[str]:
+    """Captions of at most `samples` samples, evenly spread, then the templates' own words; bad samples are left out."""
+    count = min(len(source), samples)
     for number in range(count):
         try:
-            yield from all_captions(source.read(len(source) * number // count, image=False), fields)
+            sample = source.read(len(source) * number // count, image=False)
+            yield from all_captions(sample, rules.fields, rules.classnames)
         except BadSample:
             continue
         except OSError as error:
             raise RunError(f"{source.name}: its captions could not be read: {error.strerror or error}") from error
-    yield from (template.replace("{c}", " ") for template in templates)
+    yield from (template.replace(CLASS_MARK, " ") for template in rules.templates)
 
 
-def make_tokenizer(config: RunConfig, source: Source, saved: Path | None = None) -> bytes:
+def make_tokenizer(config: RunConfig, mixture: Mixture, saved: Path | None = None) -> bytes:
     """The sentencepiece model of a run: the saved one, the one that the config names, or one trained on the captions.
 
-    Every rank makes the same one by itself.
+    Every rank makes the same one by itself. Sources give captions in proportion to their shares.
     """
     named = Path(config.data.tokenizer) if config.data.tokenizer else None
     for path in (saved, named):
@@ -78,18 +83,20 @@ def make_tokenizer(config: RunConfig, source: Source, saved: Path | None = None)
                 return path.read_bytes()
             except OSError as error:
                 raise UsageError(f"tokenizer {str(path)!r} cannot be read: {error.strerror}") from error
-    data = config.data
-    return train_tokenizer(captions_of(source, data.caption_fields, data.caption_templates), data.vocabulary)
+    parts = zip(mixture.sources, mixture.captions, mixture.shares, strict=True)
+    captions = (captions_of(source, rules, math.ceil(TOKENIZER_SAMPLES * share)) for source, rules, share in parts)
+    return train_tokenizer(chain.from_iterable(captions), config.data.vocabulary)
 
 
-def open_training_data(config: RunConfig) -> Source:
-    """The training source; UsageError where it is missing or does not fill one batch."""
+def open_training_data(config: RunConfig) -> Mixture:
+    """The training sources; UsageError where one is missing or they do not fill one batch."""
     data = config.data
-    if data.train and not data.root and needs_root(data.train):
-        raise UsageError(f"this recipe reads {data.train!r} below a folder of yours: name it with --data.root DIR")
-    source = open_source(data.train, data.root, data.columns)
-    require_batch(len(source), config.batch.size)
-    return source
+    for source in train_sources(data):
+        if not data.root and needs_root(source.spec):
+            raise UsageError(f"this recipe reads {source.spec!r} below a folder of yours: name it with --data.root DIR")
+    mixture = open_mixture(data)
+    require_batch(len(mixture), config.batch.size)
+    return mixture
 
 
 def check_model(config: RunConfig) -> None:
@@ -98,11 +105,12 @@ def check_model(config: RunConfig) -> None:
         build_dual_encoder(config.model, image_size=config.data.image_size, vocabulary=4, tokens=config.data.tokens)
 
 
-def make_reader(config: RunConfig, source: Source, tokenizer: bytes) -> BatchReader:
+def make_reader(config: RunConfig, mixture: Mixture, tokenizer: bytes) -> BatchReader:
     """What makes the rows of any position."""
     return BatchReader(
-        [source],
-        Order([len(source)], seed=config.seed),
+        mixture.sources,
+        mixture.captions,
+        mixture.order(config.seed, config.data.window_shards),
         Tokenizer(tokenizer, config.data.tokens),
         Augmentation(config.data.augment, config.data.image_size),
         config.data,

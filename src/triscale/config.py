@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from triscale.data.settings import DataSettings
+from triscale.data.settings import DataSettings, train_sources
 from triscale.errors import UsageError
 from triscale.models.settings import ModelSettings
 from triscale.training.settings import (
@@ -144,6 +144,7 @@ def validate(config: RunConfig) -> None:
         "train.eval_every_steps": 0,
         "train.log_every_steps": 1,
         "data.workers": 0,
+        "data.window_shards": 0,
         "data.image_size": 1,
         "data.canvas": 0,
         "data.tokens": 2,
@@ -179,6 +180,7 @@ def validate(config: RunConfig) -> None:
     for template in config.data.caption_templates:
         if "{c}" not in template:
             raise UsageError(f"--data.caption-templates: {template!r} has no {{c}}")
+    train_sources(config.data)
     parse_per_lane("--batch.micro", config.batch.micro, LANES, smallest=1)
     parse_per_lane("--batch.keep", config.batch.keep, LANES, smallest=0)
     _check_compilation(config.batch)

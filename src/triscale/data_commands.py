@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from triscale.assembly import captions_of
+from triscale.data.captions import CaptionRules
 from triscale.data.indexing import index_shards
 from triscale.data.pack import pack_scenes, write_shards
 from triscale.data.paths import matching_files, split_patterns
@@ -113,7 +114,7 @@ def pack(options: PackOptions, report: Report) -> None:
 def tokenizer(options: TokenizerOptions) -> None:
     """Train a tokenizer and write it."""
     source = open_source(options.source, "", options.columns)
-    model = train_tokenizer(captions_of(source, options.fields), options.vocabulary)
+    model = train_tokenizer(captions_of(source, CaptionRules(fields=options.fields)), options.vocabulary)
     _write(options.output, model)
     print(f"{options.output}: {Tokenizer(model, length=2).vocabulary_size} tokens")
 

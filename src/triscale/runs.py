@@ -34,9 +34,10 @@ from triscale.assembly import (
     step_batch_norm,
 )
 from triscale.config import LANES, RunConfig, validate
+from triscale.data.mixture import Mixture
 from triscale.data.quarantine import Quarantine
 from triscale.data.rows import BatchReader
-from triscale.data.samples import PartlyUsed, Source
+from triscale.data.samples import PartlyUsed
 from triscale.errors import LostProcess, UsageError
 from triscale.evaluation.datasets import EvaluationSet, open_sets
 from triscale.evaluation.encoder import Encoder
@@ -78,7 +79,7 @@ class Run:
     config: RunConfig
     recipe: str
     files: Files
-    source: Source
+    mixture: Mixture
     reader: BatchReader
     model: DualEncoder
     loss: ContrastiveLoss
@@ -111,15 +112,15 @@ def train_run(config: RunConfig, recipe: str) -> int:
         reuse_large_buffers()
     console = Console(stderr=True, highlight=False, quiet=int(os.environ.get("RANK", "0")) > 0)
     check_model(config)
-    source = open_training_data(config)
+    mixture = open_training_data(config)
     sets = open_sets(config.data.eval, config.data.root)
     check_shifts(sets, config.data.shifts)
     timeout = config.train.collective_timeout_seconds
     with _advice(files.folder), distributed.process_group(device.type, timeout):
         open_run_folder(files, config, recipe)
         with locked(files.folder):
-            tokenizer = make_tokenizer(config, source, files.tokenizer)
-            reader = make_reader(config, source, tokenizer)
+            tokenizer = make_tokenizer(config, mixture, files.tokenizer)
+            reader = make_reader(config, mixture, tokenizer)
             model, loss = make_model(config, reader.tokenizer.vocabulary_size)
             model.to(device)
             loss.to(device)
@@ -127,7 +128,7 @@ def train_run(config: RunConfig, recipe: str) -> int:
                 config=config,
                 recipe=recipe,
                 files=files,
-                source=source,
+                mixture=mixture,
                 reader=reader,
                 model=model,
                 loss=loss,
@@ -264,11 +265,15 @@ def _open_log(run: Run) -> RunLog:
 
 def _note_start(run: Run, log: RunLog, quarantine: Quarantine, step: ContrastiveStep, start: int) -> None:
     """Say what is about to be trained, and what of the data is not used."""
-    if isinstance(run.source, PartlyUsed) and run.source.skipped:
-        quarantine.list_unused(run.source.name, run.source.skipped)
-        counts = Counter(reason for _, reason in run.source.skipped)
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-        log.note(f"{run.source.name}: {len(run.source.skipped)} entries are not used ({reasons}); quarantine.jsonl")
+    for source in run.mixture.sources:
+        if isinstance(source, PartlyUsed) and source.skipped:
+            quarantine.list_unused(source.name, source.skipped)
+            counts = Counter(reason for _, reason in source.skipped)
+            reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+            log.note(f"{source.name}: {len(source.skipped)} entries are not used ({reasons}); quarantine.jsonl")
+    if len(run.mixture.sources) > 1:
+        named = zip(run.mixture.sources, run.mixture.shares, strict=True)
+        log.note("drawn from " + ", ".join(f"{source.name}: {share:.1%}" for source, share in named))
     plans = ", ".join(f"{lane}: {plan.micro_batch} at once, {plan.keep} kept" for lane, plan in step.plans.items())
     steps, size = run.config.train.steps, run.config.batch.size
     log.note(f"{run.files.folder}: step {start} of {steps}, batch {size}; {plans}")
@@ -319,8 +324,8 @@ def verify_run(config: RunConfig) -> dict[str, float]:
     Dropout and stochastic depth are on, rows are few but make at least three micro-batches of every lane.
     """
     validate(config)
-    source = open_training_data(config)
-    reader = make_reader(config, source, make_tokenizer(config, source))
+    mixture = open_training_data(config)
+    reader = make_reader(config, mixture, make_tokenizer(config, mixture))
     dropout, drop_path = (max(p, VERIFY_DROPOUT) for p in (config.model.dropout, config.model.drop_path))
     noisy = replace(config, model=replace(config.model, dropout=dropout, drop_path=drop_path))
     try:

@@ -11,6 +11,7 @@ import pytest
 from triscale.data.captions import (
     MAX_CAPTION_BYTES,
     MAX_METADATA_BYTES,
+    CaptionRules,
     all_captions,
     choose_caption,
     fill_template,
@@ -27,7 +28,8 @@ def sample(text: bytes | None = None, metadata: object = None, label: bytes | No
 
 def draws(one: Sample, fields: tuple[str, ...], number: int = 2000, part_dropout: float = 0.0) -> Counter[str]:
     rng = np.random.default_rng(0)
-    return Counter(choose_caption(one, fields=fields, part_dropout=part_dropout, rng=rng) for _ in range(number))
+    rules = CaptionRules(fields=fields, part_dropout=part_dropout)
+    return Counter(choose_caption(one, rules, rng) for _ in range(number))
 
 
 def test_each_line_of_a_text_and_each_string_of_a_list_is_a_candidate():
@@ -107,7 +109,7 @@ def test_a_lone_surrogate_in_json_does_not_reach_the_tokenizer():
 )
 def test_what_is_wrong_with_a_caption_has_a_reason(one: Sample, reason: str):
     with pytest.raises(BadSample) as caught:
-        choose_caption(one, fields=("txt", "json:title"), rng=np.random.default_rng(0))
+        choose_caption(one, CaptionRules(fields=("txt", "json:title")), np.random.default_rng(0))
     assert caught.value.reason == reason
 
 
@@ -115,7 +117,7 @@ def test_a_bad_field_makes_the_sample_bad_whichever_field_is_drawn():
     one = sample(b"caf\xe9", {"title": "good"})
     for seed in range(8):
         with pytest.raises(BadSample, match="caption-not-utf8"):
-            choose_caption(one, fields=("txt", "json:title"), rng=np.random.default_rng(seed))
+            choose_caption(one, CaptionRules(fields=("txt", "json:title")), np.random.default_rng(seed))
 
 
 def test_the_sidecar_that_no_field_names_is_not_read():
@@ -130,11 +132,38 @@ def test_a_label_that_is_no_number_is_named(label: bytes):
 
 def test_ids_are_equal_exactly_for_positives():
     one = sample(b"a cat", label=b" 17\n")
-    assert sample_id(one, "none", "a cat") == -1
-    assert sample_id(one, "label", "a cat") == 17
-    cats = {sample_id(one, "caption", caption) for caption in ("a cat", "A  Cat", " a cat ")}
+    nothing, labels, captions = (CaptionRules(ids=ids) for ids in ("none", "label", "caption"))
+    assert sample_id(one, nothing, "a cat") == -1
+    assert sample_id(one, labels, "a cat") == sample_id(sample(label=b"017"), labels, "a dog")
+    cats = {sample_id(one, captions, caption) for caption in ("a cat", "A  Cat", " a cat ")}
     assert len(cats) == 1
     assert 0 <= min(cats) < 2**63
-    assert sample_id(one, "caption", "a dog") not in cats
+    assert sample_id(one, captions, "a dog") not in cats
     with pytest.raises(BadSample, match="label-missing"):
-        sample_id(sample(b"a cat"), "label", "a cat")
+        sample_id(sample(b"a cat"), labels, "a cat")
+
+
+def test_ids_of_two_sources_are_equal_where_they_mean_the_same_and_only_there():
+    one = sample(b"a cat", label=b"3")
+    first, second = CaptionRules(ids="label"), CaptionRules(ids="label", source=1)
+    assert sample_id(one, first, "a cat") != sample_id(one, second, "a cat")
+    first, second = CaptionRules(ids="caption"), CaptionRules(ids="caption", source=1)
+    assert sample_id(one, first, "a cat") == sample_id(one, second, "A cat")
+
+
+def test_the_class_of_a_sample_is_a_caption_where_the_classes_have_names():
+    one = sample(b"a photograph", label=b"1")
+    names = ("a cat", "a dog")
+    assert all_captions(one, ("cls",), names) == ["a dog"]
+    assert all_captions(one, ("cls", "txt"), names) == ["a dog", "a photograph"]
+    assert all_captions(one, ("cls", "txt")) == ["a photograph"]
+    rules = CaptionRules(fields=("cls",), classnames=names)
+    assert choose_caption(one, rules, np.random.default_rng(0)) == "a dog"
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"), [(None, "label-missing"), (b"x", "label-not-a-number"), (b"2", "label-unknown")]
+)
+def test_a_class_without_a_name_makes_the_sample_bad(label: bytes | None, reason: str):
+    with pytest.raises(BadSample, match=reason):
+        all_captions(sample(b"a cat", label=label), ("cls", "txt"), ("a cat", "a dog"))

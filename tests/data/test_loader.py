@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pictures import SETTINGS, Pictures, assert_equal, joined, make_reader
+from pictures import rules as rules_of
 from triscale.config import RunConfig
 from triscale.data import loader, rows
 from triscale.data.augment import Augmentation
@@ -177,7 +178,9 @@ def test_shards_make_the_same_batches_in_workers_and_list_their_bad_samples(tmp_
     source = open_source("*.tar", str(tmp_path))
     tokenizer = make_reader().tokenizer
     order = Order([len(source)], seed=0)
-    reader = BatchReader([source], order, tokenizer, Augmentation(SETTINGS.augment, 12), SETTINGS, 0)
+    reader = BatchReader(
+        [source], [rules_of(SETTINGS)], order, tokenizer, Augmentation(SETTINGS.augment, 12), SETTINGS, 0
+    )
     made = list(batches(reader, start=0, batch_size=10, workers=1, last=20))
     for batch, expected in zip(made, (reader(range(10)), reader(range(10, 20))), strict=True):
         assert_equal(batch, expected)
@@ -219,7 +222,14 @@ def run_config(folder: Path, name: str, **memory: float) -> RunConfig:
     return RunConfig(
         run=RunSettings(dir=str(folder / name)),
         data=replace(
-            SETTINGS, root=str(folder), train="*.tar", image_size=24, canvas=24, vocabulary=60, max_bad=0.5, workers=0
+            SETTINGS,
+            root=str(folder),
+            train=("*.tar",),
+            image_size=24,
+            canvas=24,
+            vocabulary=60,
+            max_bad=0.5,
+            workers=0,
         ),
         model=ModelSettings(
             image="resnet10t",

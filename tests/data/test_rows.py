@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pictures import SETTINGS, Pictures, assert_equal, joined, make_reader
+from pictures import rules as rules_of
 from triscale.data import rows
 from triscale.data.augment import Augmentation
 from triscale.data.order import Order
@@ -127,7 +128,9 @@ def test_drawn_scenes_make_batches_too():
     settings = DataSettings(image_size=24, tokens=8)
     order = Order([len(scenes)], seed=0)
     tokenizer = Tokenizer(reader.tokenizer.model, 8)
-    batch = BatchReader([scenes], order, tokenizer, Augmentation(settings.augment, 24), settings, 0)(range(4))
+    batch = BatchReader(
+        [scenes], [rules_of(settings)], order, tokenizer, Augmentation(settings.augment, 24), settings, 0
+    )(range(4))
     assert batch.images.shape == (4, 3, 24, 24)
     assert batch.bad == ()
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pictures import rules
 from triscale.data.augment import Augmentation
 from triscale.data.order import Order
 from triscale.data.rows import BatchReader
@@ -72,7 +73,8 @@ def test_every_kind_makes_the_same_batches(root: Path) -> None:
     for spec in ("00.tar", "folder:pairs", "pairs.csv"):
         source = open_source(spec, str(root))
         order = Order([len(source)], seed=0)
-        reader = BatchReader([source], order, tokenizer, Augmentation(AugmentSettings(), 9), settings, 0)
+        still = Augmentation(AugmentSettings(), 9)
+        reader = BatchReader([source], [rules(settings)], order, tokenizer, still, settings, 0)
         made.append(reader(range(20)))
     for batch in made[1:]:
         assert batch.images.equal(made[0].images) and batch.tokens.equal(made[0].tokens)

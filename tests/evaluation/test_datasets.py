@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import toy_sets
+from triscale.data import lists
 from triscale.data.samples import BadSample
 from triscale.data.scenes import CLASSNAMES
 from triscale.errors import UsageError
-from triscale.evaluation import datasets
 from triscale.evaluation.datasets import open_set, open_sets
 
 
@@ -143,7 +143,7 @@ def test_a_set_that_lacks_what_scoring_needs_is_refused_in_one_line(tmp_path: Pa
 
 
 def test_an_endless_list_of_names_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "MAX_LIST_BYTES", 2**4)
+    monkeypatch.setattr(lists, "MAX_LIST_BYTES", 2**4)
     with pytest.raises(UsageError, match="larger than"):
         open_set(str(toy_sets.write_set(tmp_path / "set")))
 

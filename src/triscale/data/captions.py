@@ -9,11 +9,14 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from triscale.data.lists import CLASS_MARK
 from triscale.data.samples import BadSample, Sample
+from triscale.randomness import derive_seed
 
 MAX_CAPTION_BYTES = 16 * 1024
 MAX_METADATA_BYTES = 1024 * 1024
@@ -23,40 +26,49 @@ _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
 _LABEL = re.compile(rb"\s*([0-9]{1,18})\s*")
 
 
-def all_captions(sample: Sample, fields: Sequence[str]) -> list[str]:
-    """Every candidate caption of `sample`, cleaned, field after field.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionRules:
+    """What of a source's samples is their text, and what makes them positives of each other."""
 
-    Args:
-        fields: "txt" (each line of the `.txt` is a candidate) or "json:NAME" (a string, or a list of them, in the
-            `.json`). A field that a sample lacks is passed over.
+    fields: tuple[str, ...] = ("txt",)
+    """Where captions come from, those that a sample lacks being passed over: "txt" (each line of the `.txt` is a
+    candidate); "json:NAME" (a string, or a list of them, in the `.json`); "cls" (the name of its class)."""
+    classnames: tuple[str, ...] = ()
+    """Names of classes 0, 1, ...; for "cls"."""
+    templates: tuple[str, ...] = ()
+    """Prompt templates with `{c}`, one of which is drawn and put around the caption; none: the caption as it is."""
+    part_dropout: float = 0.0
+    """Probability that a comma-separated part of a caption, other than its first, is left out."""
+    ids: Literal["none", "label", "caption"] = "none"
+    """What positives have in common."""
+    source: int = 0
+    """The source's number among those of the run: equal labels of two sources mean different things."""
+
+
+def all_captions(sample: Sample, fields: Sequence[str], classnames: Sequence[str] = ()) -> list[str]:
+    """Every candidate caption of `sample`, cleaned, field after field; `fields` and `classnames` as in `CaptionRules`.
 
     Raises:
-        BadSample: caption-missing, caption-empty, caption-not-utf8, caption-too-long, metadata-not-json or
-            metadata-too-large.
+        BadSample: caption-missing, caption-empty, caption-not-utf8, caption-too-long, metadata-not-json,
+            metadata-too-large, label-missing, label-not-a-number or label-unknown.
     """
-    return [caption for candidates in _candidates(sample, fields) for caption in candidates]
+    return [caption for candidates in _candidates(sample, fields, classnames) for caption in candidates]
 
 
-def choose_caption(
-    sample: Sample, *, fields: Sequence[str], part_dropout: float = 0.0, rng: np.random.Generator
-) -> str:
+def choose_caption(sample: Sample, rules: CaptionRules, rng: np.random.Generator) -> str:
     """Draw one caption: a field among those that `sample` has, then a candidate, then the parts that stay.
-
-    Args:
-        fields: as in `all_captions`.
-        part_dropout: probability that a comma-separated part, other than the first, is left out.
 
     Raises:
         BadSample: as `all_captions`; the draw does not matter to it.
     """
-    candidates = _candidates(sample, fields)
+    candidates = _candidates(sample, rules.fields, rules.classnames)
     field = candidates[int(rng.integers(len(candidates)))]
     caption = field[int(rng.integers(len(field)))]
     parts = [part for part in caption.split(",") if part.strip()]
-    if part_dropout == 0 or len(parts) < 2:
+    if rules.part_dropout == 0 or len(parts) < 2:
         return caption
     first, *others = parts
-    kept = rng.random(len(others)) >= part_dropout
+    kept = rng.random(len(others)) >= rules.part_dropout
     return ",".join([first, *(part for part, keep in zip(others, kept, strict=True) if keep)])
 
 
@@ -64,7 +76,7 @@ def fill_template(caption: str, templates: Sequence[str], rng: np.random.Generat
     """Put `caption` in place of the {c} of one of `templates`, drawn at random; without templates it stays as it is."""
     if not templates:
         return caption
-    return templates[int(rng.integers(len(templates)))].replace("{c}", caption)
+    return templates[int(rng.integers(len(templates)))].replace(CLASS_MARK, caption)
 
 
 def read_label(sample: Sample) -> int:
@@ -77,25 +89,24 @@ def read_label(sample: Sample) -> int:
     return int(match[1])
 
 
-def sample_id(sample: Sample, mode: Literal["none", "label", "caption"], caption: str) -> int:
+def sample_id(sample: Sample, rules: CaptionRules, caption: str) -> int:
     """What makes samples positives of each other: those of an equal id; a negative id is unique.
 
-    Args:
-        mode: "label" is the `.cls` number; "caption" a 63-bit hash of `caption`, whatever its case and spacing;
-            "none" is -1.
-        caption: the drawn caption, before any template.
+    "label": a 63-bit hash of the source's number and the `.cls` number; "caption": one of `caption`, the drawn one
+    before any template, whatever its case and spacing and its source; "none": -1.
     """
-    if mode == "none":
+    if rules.ids == "none":
         return -1
-    if mode == "label":
-        return read_label(sample)
+    if rules.ids == "label":
+        return derive_seed("label", rules.source, read_label(sample))
     spelled = " ".join(caption.casefold().split())
     return int.from_bytes(hashlib.blake2b(spelled.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _candidates(sample: Sample, fields: Sequence[str]) -> list[list[str]]:
+def _candidates(sample: Sample, fields: Sequence[str], classnames: Sequence[str]) -> list[list[str]]:
     """The non-empty captions of each field that the sample has; at least one field, at least one caption in each."""
-    found = [raw for raw in (_raw_captions(sample, field) for field in fields) if raw is not None]
+    raw_fields = (_raw_captions(sample, field, classnames) for field in fields)
+    found = [raw for raw in raw_fields if raw is not None]
     if not found:
         raise BadSample("caption-missing")
     candidates = [[caption for caption in map(_clean, raw) if caption] for raw in found]
@@ -105,8 +116,20 @@ def _candidates(sample: Sample, fields: Sequence[str]) -> list[list[str]]:
     return candidates
 
 
-def _raw_captions(sample: Sample, field: str) -> list[str] | None:
+def _classname(sample: Sample, classnames: Sequence[str]) -> list[str] | None:
+    """The name of the sample's class; None where the source's classes have no names."""
+    if not classnames:
+        return None
+    label = read_label(sample)
+    if label >= len(classnames):
+        raise BadSample("label-unknown")
+    return [classnames[label]]
+
+
+def _raw_captions(sample: Sample, field: str, classnames: Sequence[str]) -> list[str] | None:
     """A field's captions as they stand; None where the sample lacks the field."""
+    if field == "cls":
+        return _classname(sample, classnames)
     if field == "txt":
         return None if sample.text is None else _decode(sample.text).splitlines()
     value = _metadata(sample).get(field.removeprefix("json:"))

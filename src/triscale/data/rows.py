@@ -22,9 +22,9 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from triscale.data.augment import Augmentation
-from triscale.data.captions import choose_caption, fill_template, sample_id
+from triscale.data.captions import CaptionRules, choose_caption, fill_template, sample_id
 from triscale.data.decode import decode_image, fit_square
-from triscale.data.order import Order
+from triscale.data.order import Positions
 from triscale.data.quarantine import BadRecord
 from triscale.data.samples import BadSample, Sample, Source
 from triscale.data.settings import DataSettings
@@ -77,23 +77,26 @@ class BatchReader:
 
     Args:
         sources: as many as `order` has, in its order.
+        captions: for each source, what of its samples is their text.
         order: which sample stands at a position.
         tokenizer: of captions.
         augmentation: from squares of `settings.canvas` (or `settings.image_size`) pixels to the images of the batch.
-        settings: fit, caption fields, templates, part dropout and ids.
+        settings: fit and sizes.
         seed: of the run.
     """
 
     def __init__(
         self,
         sources: Sequence[Source],
-        order: Order,
+        captions: Sequence[CaptionRules],
+        order: Positions,
         tokenizer: Tokenizer,
         augmentation: Augmentation,
         settings: DataSettings,
         seed: int,
     ) -> None:
         self.sources = tuple(sources)
+        self.captions = tuple(captions)
         self.order = order
         self.tokenizer = tokenizer
         self.augmentation = augmentation
@@ -159,13 +162,12 @@ class BatchReader:
 
     def _prepare(self, sample: Sample, place: tuple[int, int], position: int, bad: tuple[BadRecord, ...]) -> Row:
         """The row that `sample` makes at `position`, where those of `bad` stood before it."""
-        settings = self.settings
+        rules = self.captions[place[0]]
         words = (self.seed, position, _VIEW, len(bad))
         rng = generator("caption", *words)
-        fields, part_dropout = settings.caption_fields, settings.caption_part_dropout
-        caption = choose_caption(sample, fields=fields, part_dropout=part_dropout, rng=rng)
-        text = fill_template(caption, settings.caption_templates, rng)
-        id = sample_id(sample, settings.ids, caption)
+        caption = choose_caption(sample, rules, rng)
+        text = fill_template(caption, rules.templates, rng)
+        id = sample_id(sample, rules, caption)
         return Row(
             canvas=self._canvas(sample, place),
             numbers=self.augmentation.draw(generator("augment", *words)),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,4 +70,14 @@ class Source(Protocol):
 
         Raises BadSample for bad bytes, OSError where reading failed.
         """
+        ...
+
+
+@runtime_checkable
+class ShardedSource(Source, Protocol):
+    """A source whose samples lie in shards, one shard after another."""
+
+    @property
+    def shard_counts(self) -> Int64[np.ndarray, " s"]:
+        """The number of samples in each shard."""
         ...

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
+
+from triscale.errors import UsageError
+
+Ids = Literal["none", "label", "caption"]
+_SOURCE_OPTION = re.compile(r"\s+(weight|fields|classes|templates|ids)=(\S*)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +59,21 @@ class DataSettings:
 
     root: str = ""
     """Folder that `train` and `eval` are relative to, and paths in tables, which must not leave it."""
-    train: str = ""
-    """Training source: "scenes"; tar shards, CSV or Parquet files below `root` as paths, globs or brace ranges,
+    train: tuple[str, ...] = ()
+    """Training sources, each "scenes"; tar shards, CSV or Parquet files below `root` as paths, globs or brace ranges,
     separated by spaces ("train/*.tar", "{00..12}.tar", "pairs.csv", "*.parquet"); "folder:DIR" of images with KEY.txt
-    beside them; "classes:DIR" of class folders; "hf:NAME[/CONFIG][:SPLIT]", a Hugging Face data set. See docs/data.md.
+    beside them; "classes:DIR" of class folders; "hf:NAME[/CONFIG][:SPLIT]", a Hugging Face data set. What is of one
+    source alone stands behind it: "photos/*.tar weight=2 classes=photos/classnames.txt templates=clip". weight: its
+    share of the draws (every source has one, or none: in proportion to their samples). fields, ids: as caption_fields,
+    with commas, and ids. classes: a file whose line k names class k; captions are then "cls", the name of the sample's
+    class, unless fields says otherwise. templates: "clip", a file with a template a line, or "none". See docs/data.md.
     """
     columns: tuple[str, ...] = ()
     """Columns of tables: "image=NAME", "caption=NAME" (several: all are candidates), "label=NAME". Usual names such as
     filepath, image, title, caption, text and label need not be told."""
+    window_shards: int = 0
+    """Shards whose samples are mixed with each other, for shards that are slow to come by: they come one window after
+    the other, in an order that is new in every epoch. 0: all samples of a source are mixed."""
     eval: tuple[str, ...] = ()
     """Evaluation sets: "scenes:NAME", or folders in CLIP_benchmark's layout as paths or globs below `root`."""
     shifts: tuple[str, ...] = ()
@@ -77,16 +91,88 @@ class DataSettings:
     tokenizer: str = ""
     """A sentencepiece model to use; empty: one is trained from the source's captions."""
     caption_fields: tuple[str, ...] = ("txt",)
-    """Where captions come from; one is drawn per sample: "txt", or "json:NAME" for a field of the sidecar."""
+    """Where captions come from; one is drawn per sample: "txt", "json:NAME" for a field of the sidecar, or "cls" for
+    the name of the sample's class, in sources with `classes`."""
     caption_templates: tuple[str, ...] = ()
     """Prompt templates with {c}; one is drawn and put around the caption. Empty: the caption as it is."""
     caption_part_dropout: float = 0.0
     """Probability that a comma-separated part of a caption, other than its first, is left out."""
-    ids: Literal["none", "label", "caption"] = "none"
-    """What makes two samples of a batch positives of each other: nothing, an equal `.cls`, or an equal caption."""
+    ids: Ids = "none"
+    """What makes two samples of a batch positives of each other: nothing, an equal `.cls` in one source, or an equal
+    caption in any."""
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     workers: int = 1
     """Processes that read, decode and augment; 0: the training process does it itself, and whenever a batch is too
     large to be held (see memory.host_gib)."""
     max_bad: float = 0.05
     """Largest fraction of bad samples before the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """One of `DataSettings.train`, taken apart; what it leaves open is as the other settings have it."""
+
+    spec: str
+    """What `open_source` takes."""
+    weight: float | None
+    fields: tuple[str, ...]
+    classes: str
+    """File of class names, relative to `root`; empty: none."""
+    templates: tuple[str, ...] | str
+    """Prompt templates, or "clip", or a file of them relative to `root`."""
+    ids: Ids
+
+
+def train_sources(data: DataSettings) -> tuple[SourceSettings, ...]:
+    """The training sources that `data` names.
+
+    Raises:
+        UsageError: what stands behind a source cannot be, or some have weights and others have none.
+    """
+    sources = tuple(_source(entry, data) for entry in data.train)
+    if len({source.weight is None for source in sources}) > 1:
+        unweighted = next(source.spec for source in sources if source.weight is None)
+        raise UsageError(f"--data.train: {unweighted!r} has no weight, but others have: give each one, or none")
+    return sources
+
+
+def _source(entry: str, data: DataSettings) -> SourceSettings:
+    """A source with the options behind it, read from the end, so that a path may hold anything."""
+    spec, given = entry.strip(), dict[str, str]()
+    while found := _SOURCE_OPTION.search(spec):
+        if found[1] in given:
+            raise UsageError(f"--data.train: {entry!r} has two {found[1]}=")
+        given[found[1]] = found[2]
+        spec = spec[: found.start()]
+    classes, templates = given.get("classes", ""), given.get("templates", "")
+    ids = given.get("ids", data.ids)
+    if ids not in ("none", "label", "caption"):
+        raise UsageError(f"--data.train: {entry!r}: ids={ids} must be none, label or caption")
+    return SourceSettings(
+        spec=spec,
+        weight=_weight(entry, given["weight"]) if "weight" in given else None,
+        fields=_fields(entry, given.get("fields"), ("cls",) if classes else data.caption_fields, classes),
+        classes=classes,
+        templates=() if templates == "none" else templates or data.caption_templates,
+        ids=cast(Ids, ids),
+    )
+
+
+def _weight(entry: str, text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight < float("inf"):
+        raise UsageError(f"--data.train: {entry!r}: weight={text} must be a positive number")
+    return weight
+
+
+def _fields(entry: str, given: str | None, default: Sequence[str], classes: str) -> tuple[str, ...]:
+    fields = tuple(default if given is None else given.split(","))
+    for name in fields:
+        if name not in ("txt", "cls") and not (name.startswith("json:") and len(name) > len("json:")):
+            raise UsageError(f"--data.train: {entry!r}: a caption field is txt, cls or json:NAME, not {name!r}")
+    if given is not None and "cls" in fields and not classes:
+        raise UsageError(f"--data.train: {entry!r}: captions from cls need the names of the classes: add classes=FILE")
+    return fields

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int64
 
 from triscale.data.entries import LIMITS, TOO_LARGE
 from triscale.data.files import OPEN_FILES, Recent, open_unchanged
@@ -72,6 +73,11 @@ class ShardSource:
         samples of a key, samples without an image. Shards known by img2dataset's counts alone are left out.
         """
         return [entry for number in self._with_skipped for entry in self._indexes[number].skipped]
+
+    @property
+    def shard_counts(self) -> Int64[np.ndarray, " s"]:
+        """The number of samples in each shard."""
+        return np.diff(self._ends, prepend=0)
 
     def key(self, index: int) -> str:
         """Name of sample `index`: its path in the shard up to the first dot of the file name."""

@@ -64,6 +64,11 @@ def split_kind(spec: str) -> tuple[str, str]:
     return (kind, rest) if colon and kind in KINDS else ("", spec)
 
 
+def has_columns(spec: str, root: str) -> bool:
+    """Whether `spec` names tables. Raises UsageError where it names nothing that there is."""
+    return (split_kind(spec)[0] or _kind_of_files(spec, root)) in TABLES
+
+
 def needs_root(spec: str) -> bool:
     """Whether what `spec` names lies relative to a root."""
     kind, rest = split_kind(spec)

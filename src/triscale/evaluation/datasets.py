@@ -24,6 +24,7 @@ from jaxtyping import UInt8
 from triscale.data.captions import all_captions, read_label
 from triscale.data.decode import decode_image
 from triscale.data.folders import ClassFolders
+from triscale.data.lists import quote, read_classnames, read_lines, read_templates
 from triscale.data.samples import BadSample, Sample, Source
 from triscale.data.scenes import CLASSNAMES, SPLITS, TEMPLATES, Scenes
 from triscale.data.shards import open_shards
@@ -33,9 +34,7 @@ CLASSNAMES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 TASK_FILE = "dataset_type.txt"
 SHARD_COUNT_FILE = "test/nshards.txt"
-MAX_LIST_BYTES = 16 * 2**20
 LABELS_CHECKED_AT_OPENING = 256
-LONGEST_QUOTE = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +96,7 @@ class EvaluationSet:
                 continue
 
     def _label(self, sample: Sample) -> int:
-        where = f"evaluation set {_quote(self.name)}, sample {_quote(sample.key)}"
+        where = f"evaluation set {quote(self.name)}, sample {quote(sample.key)}"
         try:
             label = read_label(sample)
         except BadSample as fault:
@@ -121,11 +120,11 @@ def open_set(spec: str, root: str = "") -> EvaluationSet:
     if spec.startswith("scenes:"):
         split = spec.removeprefix("scenes:")
         if split == "train" or split not in SPLITS:
-            raise UsageError(f"evaluation set {_quote(spec)}: there are {', '.join(s for s in SPLITS if s != 'train')}")
+            raise UsageError(f"evaluation set {quote(spec)}: there are {', '.join(s for s in SPLITS if s != 'train')}")
         return _classification(split, Scenes(split), CLASSNAMES, TEMPLATES)
     folder = Path(root, spec)
     if not folder.is_dir():
-        raise UsageError(f"evaluation set {_quote(str(folder))}: there is no such folder")
+        raise UsageError(f"evaluation set {quote(str(folder))}: there is no such folder")
     if (folder / "test").is_dir() or (folder / CLASSNAMES_FILE).exists() or (folder / TASK_FILE).exists():
         return _open_webdataset(folder)
     return _open_class_folders(folder)
@@ -148,7 +147,7 @@ def open_sets(specs: Sequence[str], root: str = "") -> list[EvaluationSet]:
     for spec in found.values():
         opened = open_set(spec, root)
         if opened.name in sets:
-            raise UsageError(f"two evaluation sets are named {_quote(opened.name)}: rename one folder")
+            raise UsageError(f"two evaluation sets are named {quote(opened.name)}: rename one folder")
         sets[opened.name] = opened
     return list(sets.values())
 
@@ -158,7 +157,7 @@ def _expand(spec: str, root: str) -> list[str]:
         return [spec]
     matches = sorted(m for m in glob.glob(spec, root_dir=root or None) if os.path.isdir(os.path.join(root, m)))
     if not matches:
-        raise UsageError(f"evaluation sets {_quote(spec)}: no folder below {_quote(root or '.')} matches")
+        raise UsageError(f"evaluation sets {quote(spec)}: no folder below {quote(root or '.')} matches")
     return matches
 
 
@@ -181,15 +180,14 @@ def _classification(
 
 def _open_webdataset(folder: Path) -> EvaluationSet:
     name = _set_name(folder)
-    task = (_lines(folder / TASK_FILE) or ["classification"])[0] if (folder / TASK_FILE).exists() else "classification"
+    said = read_lines(folder / TASK_FILE) if (folder / TASK_FILE).exists() else []
+    task = said[0] if said else "classification"
     if task not in ("classification", "retrieval"):
-        raise UsageError(
-            f"{_quote(str(folder / TASK_FILE))}: {_quote(task)} is neither 'classification' nor 'retrieval'"
-        )
+        raise UsageError(f"{quote(str(folder / TASK_FILE))}: {quote(task)} is neither 'classification' nor 'retrieval'")
     if task == "retrieval":
         source = open_shards(_shards(folder))
         return EvaluationSet(name=name, task="retrieval", source=source, skipped=len(source.skipped))
-    classnames, templates = _classnames(folder), _templates(folder)
+    classnames, templates = read_classnames(folder / CLASSNAMES_FILE), read_templates(folder / TEMPLATES_FILE)
     source = open_shards(_shards(folder))
     opened = _classification(name, source, classnames, templates, len(source.skipped))
     opened.check_labels()
@@ -201,14 +199,14 @@ def _open_class_folders(folder: Path) -> EvaluationSet:
         source = ClassFolders(str(folder), _set_name(folder))
     except UsageError as fault:
         inner = [entry for entry in folder.iterdir() if (entry / SHARD_COUNT_FILE).exists()]
-        hint = f"for the sets inside it, give {_quote(str(folder / '*'))}" if inner else "see the documented layouts"
+        hint = f"for the sets inside it, give {quote(str(folder / '*'))}" if inner else "see the documented layouts"
         raise UsageError(
-            f"evaluation set {_quote(str(folder))}: neither {SHARD_COUNT_FILE} nor class folders with images; {hint}"
+            f"evaluation set {quote(str(folder))}: neither {SHARD_COUNT_FILE} nor class folders with images; {hint}"
         ) from fault
     for classname in source.classnames:
         if not classname.isprintable():
-            raise UsageError(f"class folder {_quote(str(folder / classname))}: its name holds unprintable characters")
-    templates = _templates(folder) if (folder / TEMPLATES_FILE).exists() else ("{c}",)
+            raise UsageError(f"class folder {quote(str(folder / classname))}: its name holds unprintable characters")
+    templates = read_templates(folder / TEMPLATES_FILE) if (folder / TEMPLATES_FILE).exists() else ("{c}",)
     return _classification(source.name, source, source.classnames, templates, len(source.skipped))
 
 
@@ -219,55 +217,15 @@ def _set_name(folder: Path) -> str:
 def _shards(folder: Path) -> list[str]:
     """The paths of test/0.tar to test/(n-1).tar, n as test/nshards.txt says."""
     count_file = folder / SHARD_COUNT_FILE
-    text = "".join(_lines(count_file)[:1])
+    text = "".join(read_lines(count_file)[:1])
     if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) > 0):
-        raise UsageError(f"{_quote(str(count_file))}: it must hold the number of shards, not {_quote(text)}")
+        raise UsageError(f"{quote(str(count_file))}: it must hold the number of shards, not {quote(text)}")
     shards = []
     for number in range(int(text)):
         shard = folder / "test" / f"{number}.tar"
         if not shard.is_file():
-            raise UsageError(f"{_quote(str(count_file))} says {int(text)} shards, but {number}.tar is not there")
+            raise UsageError(f"{quote(str(count_file))} says {int(text)} shards, but {number}.tar is not there")
         shards.append(str(shard))
     if (folder / "test" / f"{int(text)}.tar").exists():
-        raise UsageError(f"{_quote(str(count_file))} says {int(text)} shards, but there is a {int(text)}.tar too")
+        raise UsageError(f"{quote(str(count_file))} says {int(text)} shards, but there is a {int(text)}.tar too")
     return shards
-
-
-def _classnames(folder: Path) -> tuple[str, ...]:
-    names = _lines(folder / CLASSNAMES_FILE)
-    if not names:
-        raise UsageError(f"{_quote(str(folder / CLASSNAMES_FILE))}: there are no class names in it")
-    if "" in names:
-        raise UsageError(f"{_quote(str(folder / CLASSNAMES_FILE))}: line {names.index('') + 1} holds no class name")
-    return tuple(names)
-
-
-def _templates(folder: Path) -> tuple[str, ...]:
-    templates = [line for line in _lines(folder / TEMPLATES_FILE) if line]
-    if not templates:
-        raise UsageError(f"{_quote(str(folder / TEMPLATES_FILE))}: there are no prompt templates in it")
-    for template in templates:
-        if "{c}" not in template:
-            raise UsageError(
-                f"{_quote(str(folder / TEMPLATES_FILE))}: {_quote(template)} lacks {{c}}, the place of the class name"
-            )
-    return tuple(templates)
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a small text file, without white space around them and without empty lines at the end."""
-    try:
-        if path.stat().st_size > MAX_LIST_BYTES:
-            raise UsageError(f"{_quote(str(path))}: larger than {MAX_LIST_BYTES >> 20} MiB")
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"{_quote(str(path))}: {error.strerror or 'cannot be read'}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{_quote(str(path))}: it is not UTF-8 text") from error
-    # Not splitlines(): that also breaks lines at separators that names may hold, and labels are line numbers.
-    return [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
-
-
-def _quote(text: str | bytes) -> str:
-    """A name for a message: one line of printable characters, whatever it holds, and not endless."""
-    return repr(text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE])

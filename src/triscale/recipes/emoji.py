@@ -20,7 +20,7 @@ def config() -> RunConfig:
     shifts = ("openmoji", "fluent-emoji", "fluent-emoji-high-contrast", "fxemoji")
     return RunConfig(
         data=DataSettings(
-            train="train/*.tar",
+            train=("train/*.tar",),
             eval=tuple(f"wds_{name}" for name in ("val", *shifts, "unseen-classes")),
             shifts=shifts,
             image_size=48,

@@ -19,7 +19,7 @@ def config() -> RunConfig:
     shifts = ("v2", "sketch", "rendition", "adversarial", "objectnet")
     return RunConfig(
         data=DataSettings(
-            train="scenes",
+            train=("scenes",),
             eval=tuple(f"scenes:{split}" for split in ("val", "unseen", *shifts)),
             shifts=shifts,
             image_size=32,
