@@ -19,8 +19,8 @@ from triscale.config import RunConfig, to_dict
 from triscale.data.settings import DataSettings
 from triscale.models.settings import ModelSettings
 from triscale.recipes import RECIPES
-from triscale.runs import verify_run
 from triscale.training.settings import BatchSettings, OptimSettings, TrainSettings
+from triscale.verification import verify_run
 
 STEPS = 12
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -16,9 +16,12 @@ from typing import Literal
 import torch
 from torch import nn
 
+from triscale import distributed
 from triscale.config import LANES, RunConfig
 from triscale.data.augment import Augmentation
 from triscale.data.captions import CaptionRules, all_captions
+from triscale.data.distinct import DistinctOrder
+from triscale.data.ids import IdFile, ids_path, read_ids, write_ids
 from triscale.data.lists import CLASS_MARK
 from triscale.data.loader import require_batch
 from triscale.data.mixture import Mixture, open_mixture
@@ -105,12 +108,30 @@ def check_model(config: RunConfig) -> None:
         build_dual_encoder(config.model, image_size=config.data.image_size, vocabulary=4, tokens=config.data.tokens)
 
 
-def make_reader(config: RunConfig, mixture: Mixture, tokenizer: bytes) -> BatchReader:
-    """What makes the rows of any position."""
+def make_ids(mixture: Mixture, folder: Path, device: torch.device) -> list[IdFile]:
+    """The ids of all samples, from files in `folder` or read by all ranks together. A collective."""
+    files = []
+    for source, rules in zip(mixture.sources, mixture.captions, strict=True):
+        path = ids_path(folder, source, rules)
+        if not bool(distributed.all_reduce_min(torch.tensor(int(path.exists()), device=device))):
+            mine = torch.from_numpy(read_ids(source, rules, distributed.rows_of(len(source)))).to(device)
+            whole = distributed.all_gather_rows(mine, distributed.row_counts(len(mine), device))
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # one of every node, whose folders may be the same or not
+                write_ids(path, whole.cpu().numpy())
+            distributed.barrier()
+        files.append(IdFile(path))
+    return files
+
+
+def make_reader(
+    config: RunConfig, mixture: Mixture, tokenizer: bytes, ids: Sequence[IdFile] | None = None
+) -> BatchReader:
+    """What makes the rows of any position; with the ids of all samples, of batches in which none comes twice."""
+    order = mixture.order(config.seed, config.data.window_shards)
     return BatchReader(
         mixture.sources,
         mixture.captions,
-        mixture.order(config.seed, config.data.window_shards),
+        order if ids is None else DistinctOrder(order, ids, config.batch.size),
         Tokenizer(tokenizer, config.data.tokens),
         Augmentation(config.data.augment, config.data.image_size),
         config.data,

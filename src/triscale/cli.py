@@ -135,7 +135,7 @@ def verify(arguments: Sequence[str]) -> int:
     """Hold the exact step against plain autograd, in float64, for a recipe's own towers and data."""
     arguments, json_path = _take_option(arguments, "--json")
     config, _ = _recipe_config("verify", arguments)
-    from triscale.runs import verify_run
+    from triscale.verification import verify_run
 
     errors = verify_run(config)
     largest = max(errors.values())

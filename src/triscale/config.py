@@ -180,7 +180,7 @@ def validate(config: RunConfig) -> None:
     for template in config.data.caption_templates:
         if "{c}" not in template:
             raise UsageError(f"--data.caption-templates: {template!r} has no {{c}}")
-    train_sources(config.data)
+    _validate_ids(config.data)
     parse_per_lane("--batch.micro", config.batch.micro, LANES, smallest=1)
     parse_per_lane("--batch.keep", config.batch.keep, LANES, smallest=0)
     _check_compilation(config.batch)
@@ -195,3 +195,15 @@ def _check_compilation(batch: BatchSettings) -> None:
             raise UsageError(f"{compiled} needs --batch.remat block or none there, not selective")
         if mode != "none" and batch.batch_norm == "synchronised":
             raise UsageError(f"{compiled} cannot be had with --batch.batch-norm synchronised")
+
+
+def _validate_ids(data: DataSettings) -> None:
+    """Raise UsageError for training sources that cannot be, and for batches of distinct ids without fixed ids."""
+    kinds = {source.ids for source in train_sources(data)}
+    if data.distinct_ids and kinds == {"none"}:
+        raise UsageError("--data.distinct-ids needs ids: add --data.ids label, or caption")
+    if data.distinct_ids and "caption" in kinds and data.caption_part_dropout:
+        raise UsageError(
+            "--data.distinct-ids: parts are left out of captions at random, which changes their ids: "
+            "take --data.caption-part-dropout 0, or --data.ids label"
+        )

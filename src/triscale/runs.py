@@ -1,4 +1,4 @@
-"""Runs from their beginning to their end: train and evaluate one, hold its step against plain autograd."""
+"""Runs from their beginning to their end: trained, gone on with, evaluated."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,25 +20,23 @@ from torch.optim import Optimizer
 from triscale import distributed
 from triscale.assembly import (
     check_model,
-    compile_towers,
     device_of,
     evaluating,
     make_encoder,
+    make_ids,
     make_model,
     make_optimizer,
     make_reader,
     make_step,
     make_tokenizer,
     open_training_data,
-    prepare_towers,
-    step_batch_norm,
 )
-from triscale.config import LANES, RunConfig, validate
+from triscale.config import RunConfig, validate
+from triscale.data.distinct import DistinctOrder
 from triscale.data.mixture import Mixture
 from triscale.data.quarantine import Quarantine
 from triscale.data.rows import BatchReader
-from triscale.data.samples import PartlyUsed
-from triscale.errors import LostProcess, UsageError
+from triscale.errors import LostProcess
 from triscale.evaluation.datasets import EvaluationSet, open_sets
 from triscale.evaluation.encoder import Encoder
 from triscale.evaluation.suite import check_shifts, evaluate
@@ -62,14 +60,7 @@ from triscale.training import checkpoint, memory, optim
 from triscale.training.host_memory import reuse_large_buffers
 from triscale.training.log import RunLog
 from triscale.training.loop import StopFlag, train
-from triscale.training.settings import parse_per_lane
 from triscale.training.step import ContrastiveStep
-from triscale.training.verify import verify
-
-VERIFY_MICRO_BATCH = 16
-"""What `verify_run` takes for "auto"."""
-VERIFY_DROPOUT = 0.1
-"""Least dropout and stochastic depth under which `verify_run` holds the step against direct."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +111,8 @@ def train_run(config: RunConfig, recipe: str) -> int:
         open_run_folder(files, config, recipe)
         with locked(files.folder):
             tokenizer = make_tokenizer(config, mixture, files.tokenizer)
-            reader = make_reader(config, mixture, tokenizer)
+            ids = make_ids(mixture, files.folder / "ids", device) if config.data.distinct_ids else None
+            reader = make_reader(config, mixture, tokenizer, ids)
             model, loss = make_model(config, reader.tokenizer.vocabulary_size)
             model.to(device)
             loss.to(device)
@@ -265,15 +257,15 @@ def _open_log(run: Run) -> RunLog:
 
 def _note_start(run: Run, log: RunLog, quarantine: Quarantine, step: ContrastiveStep, start: int) -> None:
     """Say what is about to be trained, and what of the data is not used."""
-    for source in run.mixture.sources:
-        if isinstance(source, PartlyUsed) and source.skipped:
-            quarantine.list_unused(source.name, source.skipped)
-            counts = Counter(reason for _, reason in source.skipped)
-            reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-            log.note(f"{source.name}: {len(source.skipped)} entries are not used ({reasons}); quarantine.jsonl")
+    for name, entries in run.mixture.unused:
+        quarantine.list_unused(name, entries)
+        counts = Counter(reason for _, reason in entries)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        log.note(f"{name}: {len(entries)} entries are not used ({reasons}); quarantine.jsonl")
     if len(run.mixture.sources) > 1:
-        named = zip(run.mixture.sources, run.mixture.shares, strict=True)
-        log.note("drawn from " + ", ".join(f"{source.name}: {share:.1%}" for source, share in named))
+        log.note(f"drawn from {run.mixture}")
+    if isinstance(run.reader.order, DistinctOrder):
+        log.note(run.reader.order.describe(start * run.config.batch.size))
     plans = ", ".join(f"{lane}: {plan.micro_batch} at once, {plan.keep} kept" for lane, plan in step.plans.items())
     steps, size = run.config.train.steps, run.config.batch.size
     log.note(f"{run.files.folder}: step {start} of {steps}, batch {size}; {plans}")
@@ -316,35 +308,3 @@ def finish(run: Run) -> None:
             sets=run.sets,
             logit_scale=math.exp(float(run.loss.logit_scale.detach())),
         )
-
-
-def verify_run(config: RunConfig) -> dict[str, float]:
-    """The error of each parameter's gradient of the step against direct, in float64, for the recipe's own towers.
-
-    Dropout and stochastic depth are on, rows are few but make at least three micro-batches of every lane.
-    """
-    validate(config)
-    mixture = open_training_data(config)
-    reader = make_reader(config, mixture, make_tokenizer(config, mixture))
-    dropout, drop_path = (max(p, VERIFY_DROPOUT) for p in (config.model.dropout, config.model.drop_path))
-    noisy = replace(config, model=replace(config.model, dropout=dropout, drop_path=drop_path))
-    try:
-        model, loss = make_model(noisy, reader.tokenizer.vocabulary_size)
-    except UsageError:  # an image tower without stochastic depth; dropout is on all the same
-        noisy = replace(config, model=replace(config.model, dropout=dropout))
-        model, loss = make_model(noisy, reader.tokenizer.vocabulary_size)
-    compile_towers(config, model.towers())  # both sides: compiled towers draw other random numbers than bare ones
-    wanted = parse_per_lane("--batch.micro", config.batch.micro, LANES, smallest=1)
-    sizes = {lane: size if isinstance(size, int) else VERIFY_MICRO_BATCH for lane, size in wanted.items()}
-    rows = min(config.batch.size, 2 * max(sizes.values()) + 7)
-    batch = reader(range(rows))
-    return verify(
-        model.towers(),
-        loss,
-        {"image": batch.images, "text": batch.tokens},
-        batch.ids,
-        micro_batch={lane: min(size, math.ceil(rows / 3)) for lane, size in sizes.items()},
-        batch_norm=step_batch_norm(config),
-        seed=config.seed,
-        prepare=partial(prepare_towers, config),
-    )

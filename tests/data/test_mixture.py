@@ -19,7 +19,9 @@ from triscale.data.captions import CaptionRules
 from triscale.data.mixture import CLIP_TEMPLATES, open_mixture
 from triscale.data.settings import DataSettings, train_sources
 from triscale.errors import UsageError
-from triscale.training.settings import BatchSettings
+from triscale.models.settings import ModelSettings
+from triscale.runs import train_run
+from triscale.training.settings import BatchSettings, RunSettings, TrainSettings
 
 
 def write_shard(path: Path, first: int, samples: int, **sidecars: str) -> None:
@@ -183,3 +185,20 @@ def test_what_is_missing_is_named_in_one_line(root: Path, train: tuple[str, ...]
     with pytest.raises(UsageError, match=says) as refused:
         open_training_data(config(root, *train))
     assert "\n" not in str(refused.value)
+
+
+def test_a_run_trains_on_a_mixture_in_windows_and_batches_of_distinct_ids(
+    root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    small = ModelSettings(image="vit_tiny_patch16_224", text_width=16, text_layers=1, text_heads=2, embedding=8)
+    tiny = replace(small, image_options='{"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4}')
+    base = config(root, PAIRS, LABELLED, window_shards=1, distinct_ids=True)
+
+    train = TrainSettings(steps=3, device="cpu")
+    assert train_run(replace(base, run=RunSettings(dir=str(root / "run")), model=tiny, train=train), "toy") == 0
+    said = " ".join(capfd.readouterr().err.split())
+    assert "drawn from pairs/*.tar: 75.0%, labelled/*.tar: 25.0%" in said
+    # Of 256 draws 64 are of three classes, and each of 16 batches has room for one of each.
+    assert re.search(r"no id comes twice in a batch: (1\d|2\d) of the next 256 draws are left out", said)
+    ids = sorted((root / "run" / "ids").glob("*.npy"))
+    assert [path.stat().st_size for path in ids] == [128 + 8 * 40, 128 + 8 * 30]

@@ -12,7 +12,7 @@ from pathlib import Path
 from triscale.data.captions import CaptionRules
 from triscale.data.lists import read_classnames, read_templates
 from triscale.data.order import Order
-from triscale.data.samples import ShardedSource, Source
+from triscale.data.samples import PartlyUsed, ShardedSource, Source
 from triscale.data.settings import DataSettings, SourceSettings, train_sources
 from triscale.data.sources import EXPECTED, has_columns, open_source
 from triscale.errors import UsageError
@@ -49,6 +49,15 @@ class Mixture:
         """Of each source, its fraction of the draws."""
         weights = self.weights or tuple(len(source) for source in self.sources)
         return tuple(weight / sum(weights) for weight in weights)
+
+    def __str__(self) -> str:
+        named = zip(self.sources, self.shares, strict=True)
+        return ", ".join(f"{source.name}: {share:.1%}" for source, share in named)
+
+    @property
+    def unused(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """Of each source with entries that are never drawn, its name and their (key, reason)."""
+        return [(each.name, each.skipped) for each in self.sources if isinstance(each, PartlyUsed) and each.skipped]
 
     def order(self, seed: int, window_shards: int) -> Order:
         """Which sample stands at a position; shards of sources that have them come in windows of `window_shards`."""

@@ -152,7 +152,7 @@ class BatchReader:
                 _, index = self.order.replacement(position, attempt)
             key = f"#{index}"
             try:
-                sample = _read(source, index, image=(number, index) not in self._canvases)
+                sample = read_sample(source, index, image=(number, index) not in self._canvases)
                 key = sample.key
                 return self._prepare(sample, (number, index), position, tuple(bad))
             except BadSample as error:
@@ -269,8 +269,13 @@ class StreamedBatch:
         self._seen[numbers.start : numbers.stop] = True
 
 
-def _read(source: Source, index: int, *, image: bool) -> Sample:
-    """Read a sample, with its image or without; where reading fails, pause and try again."""
+def read_sample(source: Source, index: int, *, image: bool) -> Sample:
+    """Read a sample, with its image or without; where reading fails, pause and try again.
+
+    Raises:
+        BadSample: its bytes are wrong.
+        RunError: reading failed four times.
+    """
     for pause in RETRY_SECONDS:
         try:
             return source.read(index, image=image)

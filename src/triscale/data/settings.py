@@ -100,6 +100,9 @@ class DataSettings:
     ids: Ids = "none"
     """What makes two samples of a batch positives of each other: nothing, an equal `.cls` in one source, or an equal
     caption in any."""
+    distinct_ids: bool = False
+    """No two samples of a batch have the same id (see ids): draws that would repeat one are moved to another batch
+    nearby, or left out where an id is in too many draws. The ids of all samples are read before training begins."""
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     workers: int = 1
     """Processes that read, decode and augment; 0: the training process does it itself, and whenever a batch is too

@@ -240,4 +240,5 @@ def _grouped(numbers: Int64[np.ndarray, " n"]) -> Iterator[tuple[int, np.ndarray
     """Each distinct number, ascending, with the places where it stands, ascending."""
     by_number = np.argsort(numbers, kind="stable")
     distinct, firsts = np.unique(numbers[by_number], return_index=True)
-    yield from zip(distinct.tolist(), np.split(by_number, firsts[1:]), strict=True)
+    # Split at every first place: what lies before the first one is empty.
+    yield from zip(distinct.tolist(), np.split(by_number, firsts)[1:], strict=True)
