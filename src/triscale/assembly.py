@@ -9,10 +9,11 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,6 +26,7 @@ from triscale.data.ids import IdFile, ids_path, read_ids, write_ids
 from triscale.data.lists import CLASS_MARK
 from triscale.data.loader import require_batch
 from triscale.data.mixture import Mixture, open_mixture
+from triscale.data.remote import RemoteShards
 from triscale.data.rows import BatchReader
 from triscale.data.samples import BadSample, Source
 from triscale.data.settings import train_sources
@@ -48,6 +50,8 @@ from triscale.training.step import ContrastiveStep
 
 TOKENIZER_SAMPLES = 20_000
 """Most samples whose captions train a tokenizer; evenly spread over each source."""
+TOKENIZER_SHARDS = 8
+"""Most shards that are fetched for it."""
 
 
 def device_of(name: str) -> torch.device:
@@ -62,16 +66,27 @@ def device_of(name: str) -> torch.device:
 
 def captions_of(source: Source, rules: CaptionRules, samples: int = TOKENIZER_SAMPLES) -> Iterator[str]:
     """Captions of at most `samples` samples, evenly spread, then the templates' own words; bad samples are left out."""
-    count = min(len(source), samples)
-    for number in range(count):
+    for number in _spread(source, samples):
         try:
-            sample = source.read(len(source) * number // count, image=False)
+            sample = source.read(number, image=False)
             yield from all_captions(sample, rules.fields, rules.classnames)
         except BadSample:
             continue
         except OSError as error:
             raise RunError(f"{source.name}: its captions could not be read: {error.strerror or error}") from error
     yield from (template.replace(CLASS_MARK, " ") for template in rules.templates)
+
+
+def _spread(source: Source, samples: int) -> list[int]:
+    """Numbers of at most `samples` samples, evenly spread; over some shards alone where all would be fetched for it."""
+    if not isinstance(source, RemoteShards):
+        count = min(len(source), samples)
+        return [len(source) * number // count for number in range(count)]
+    filled = np.flatnonzero(source.shard_counts)
+    chosen = filled[np.linspace(0, len(filled) - 1, min(TOKENIZER_SHARDS, len(filled))).astype(int)]
+    firsts = (np.cumsum(source.shard_counts) - source.shard_counts)[chosen].tolist()
+    ranges = [range(first, first + int(n)) for first, n in zip(firsts, source.shard_counts[chosen], strict=True)]
+    return list(chain.from_iterable(islice(each, math.ceil(samples / len(ranges))) for each in ranges))
 
 
 def make_tokenizer(config: RunConfig, mixture: Mixture, saved: Path | None = None) -> bytes:

@@ -6,15 +6,19 @@ anew each time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from triscale.data.cache import open_cache
 from triscale.data.captions import CaptionRules
 from triscale.data.lists import read_classnames, read_templates
 from triscale.data.order import Order
+from triscale.data.paths import split_patterns
+from triscale.data.remote import open_remote_shards
 from triscale.data.samples import PartlyUsed, ShardedSource, Source
 from triscale.data.settings import DataSettings, SourceSettings, train_sources
-from triscale.data.sources import EXPECTED, has_columns, open_source
+from triscale.data.sources import EXPECTED, has_columns, is_remote, open_source, split_kind
 from triscale.errors import UsageError
 
 CLIP_TEMPLATES = (
@@ -84,12 +88,23 @@ def open_mixture(data: DataSettings) -> Mixture:
     tables = [source.spec for source in named if data.columns and has_columns(source.spec, data.root)]
     return Mixture(
         sources=tuple(
-            open_source(source.spec, data.root, () if tables and source.spec not in tables else data.columns)
-            for source in named
+            _open(source.spec, data, () if tables and source.spec not in tables else data.columns) for source in named
         ),
         captions=tuple(_rules(number, source, data) for number, source in enumerate(named)),
         weights=weights or None,
     )
+
+
+def _open(spec: str, data: DataSettings, columns: Sequence[str]) -> Source:
+    """The source of `spec`, which is fetched where it is of URLs."""
+    if not is_remote(spec):
+        return open_source(spec, data.root, columns)
+    kind, rest = split_kind(spec)
+    if kind not in ("", "tar"):
+        raise UsageError(f"{spec}: only tar shards are read from URLs; fetch it, and name the local file")
+    if not data.window_shards:
+        raise UsageError(f"{spec}: shards that are fetched come in windows; add --data.window-shards 64, for instance")
+    return open_remote_shards(split_patterns(rest, ""), open_cache(data.cache, data.cache_gib), spec)
 
 
 def _rules(number: int, source: SourceSettings, data: DataSettings) -> CaptionRules:

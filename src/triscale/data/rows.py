@@ -26,7 +26,7 @@ from triscale.data.captions import CaptionRules, choose_caption, fill_template, 
 from triscale.data.decode import decode_image, fit_square
 from triscale.data.order import Positions
 from triscale.data.quarantine import BadRecord
-from triscale.data.samples import BadSample, Sample, Source
+from triscale.data.samples import BadSample, FetchesAhead, Sample, Source
 from triscale.data.settings import DataSettings
 from triscale.data.text import Tokenizer
 from triscale.errors import RunError
@@ -132,6 +132,9 @@ class BatchReader:
         Raises:
             RunError: a source cannot be read, or 32 samples in a row are bad.
         """
+        for number, source in enumerate(self.sources):
+            if isinstance(source, FetchesAhead):
+                source.expect(self.order.upcoming(number, positions.start))
         return [self._row(position) for position in positions]
 
     def images(self, rows: Sequence[Row]) -> UInt8[Tensor, "m 3 s s"]:

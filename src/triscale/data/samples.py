@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -70,6 +71,15 @@ class Source(Protocol):
 
         Raises BadSample for bad bytes, OSError where reading failed.
         """
+        ...
+
+
+@runtime_checkable
+class FetchesAhead(Protocol):
+    """A source whose shards are fetched before they are read."""
+
+    def expect(self, shards: Iterator[int]) -> None:
+        """Be told which shards will be read, in order of need and without end. Returns at once."""
         ...
 
 

@@ -61,12 +61,13 @@ class DataSettings:
     """Folder that `train` and `eval` are relative to, and paths in tables, which must not leave it."""
     train: tuple[str, ...] = ()
     """Training sources, each "scenes"; tar shards, CSV or Parquet files below `root` as paths, globs or brace ranges,
-    separated by spaces ("train/*.tar", "{00..12}.tar", "pairs.csv", "*.parquet"); "folder:DIR" of images with KEY.txt
-    beside them; "classes:DIR" of class folders; "hf:NAME[/CONFIG][:SPLIT]", a Hugging Face data set. What is of one
-    source alone stands behind it: "photos/*.tar weight=2 classes=photos/classnames.txt templates=clip". weight: its
-    share of the draws (every source has one, or none: in proportion to their samples). fields, ids: as caption_fields,
-    with commas, and ids. classes: a file whose line k names class k; captions are then "cls", the name of the sample's
-    class, unless fields says otherwise. templates: "clip", a file with a template a line, or "none". See docs/data.md.
+    separated by spaces ("train/*.tar", "{00..12}.tar", "pairs.csv", "*.parquet"); tar shards as URLs or globs of them
+    ("s3://bucket/*.tar"; these need window_shards); "folder:DIR" of images with KEY.txt beside them; "classes:DIR" of
+    class folders; "hf:NAME[/CONFIG][:SPLIT]", a Hugging Face data set. See docs/data.md. What is of one source alone
+    stands behind it: "photos/*.tar weight=2 classes=photos/classnames.txt templates=clip". weight: its share of the
+    draws (every source has one, or none: in proportion to their samples). fields, ids: as caption_fields, with commas,
+    and ids. classes: a file whose line k names class k; captions are then "cls", the name of the sample's class, unless
+    fields says otherwise. templates: "clip", a file with a template a line, or "none".
     """
     columns: tuple[str, ...] = ()
     """Columns of tables: "image=NAME", "caption=NAME" (several: all are candidates), "label=NAME". Usual names such as
@@ -74,6 +75,10 @@ class DataSettings:
     window_shards: int = 0
     """Shards whose samples are mixed with each other, for shards that are slow to come by: they come one window after
     the other, in an order that is new in every epoch. 0: all samples of a source are mixed."""
+    cache: str = ""
+    """Folder for shards that are fetched from a URL, shared by all processes of a node; empty: the user's own cache."""
+    cache_gib: float = 100.0
+    """Most that the cache may hold; it should have room for two windows of shards of every source."""
     eval: tuple[str, ...] = ()
     """Evaluation sets: "scenes:NAME", or folders in CLIP_benchmark's layout as paths or globs below `root`."""
     shifts: tuple[str, ...] = ()

@@ -35,7 +35,7 @@ ABSENT = -1
 _MAGIC = b"TRISHD\x00\x01"
 _HEADER = struct.Struct("<8sqqQQQ16s")
 _SAMPLE_BYTES = 8 * 8 + 8  # four offsets and sizes, the end of the key
-_MAX_COUNTS_BYTES = 256 * 2**20
+MAX_COUNTS_BYTES = 256 * 2**20
 _MAX_STATS_BYTES = 2**20
 _REFUSED_TYPES = {b"1": "entry-is-link", b"2": "entry-is-link"} | dict.fromkeys((b"3", b"4", b"6"), "entry-is-device")
 
@@ -173,13 +173,20 @@ def read_counts(shard_folder: str) -> dict[str, tuple[Stamp, Count]]:
     """File name to stamp and count of the shards in a folder that have an index; the folder's own word goes first."""
     counts: dict[str, tuple[Stamp, Count]] = {}
     for folder in reversed(index_folders(shard_folder)):
-        with contextlib.suppress(
-            OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError
-        ):  # damaged: as if not there
-            listed = json.loads(_read_small(os.path.join(folder, COUNTS_FILE), _MAX_COUNTS_BYTES))
-            if listed["version"] == 1:
-                counts.update((str(name), _entry(values)) for name, values in listed["shards"].items())
+        with contextlib.suppress(OSError):  # not there
+            counts.update(parse_counts(_read_small(os.path.join(folder, COUNTS_FILE), MAX_COUNTS_BYTES)))
     return counts
+
+
+def parse_counts(content: bytes) -> dict[str, tuple[Stamp, Count]]:
+    """File name to stamp and count, from what a `counts.json` holds; nothing where it is damaged."""
+    try:
+        listed = json.loads(content)
+        if listed["version"] != 1:
+            return {}
+        return {str(name): _entry(values) for name, values in listed["shards"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
 
 
 def write_counts(folder: str, counts: Mapping[str, tuple[Stamp, Count]]) -> None:
@@ -191,8 +198,21 @@ def write_counts(folder: str, counts: Mapping[str, tuple[Stamp, Count]]) -> None
 def img2dataset_count(path: str) -> Count | None:
     """The number of samples that img2dataset's `00000_stats.json` tells of the shard `00000.tar`; None without one."""
     try:
-        stats = json.loads(_read_small(os.path.splitext(path)[0] + "_stats.json", _MAX_STATS_BYTES))
-    except (OSError, ValueError, RecursionError):  # there is none that can be read, so the headers are
+        return parse_img2dataset(_read_small(stats_file(path), _MAX_STATS_BYTES))
+    except OSError:  # there is none that can be read, so the headers are
+        return None
+
+
+def stats_file(shard: str) -> str:
+    """Where img2dataset writes what it knows of `shard`, a path or URL."""
+    return os.path.splitext(shard)[0] + "_stats.json"
+
+
+def parse_img2dataset(content: bytes) -> Count | None:
+    """The number of samples of a shard, from its `_stats.json`; None where that does not tell it."""
+    try:
+        stats = json.loads(content)
+    except (ValueError, RecursionError):
         return None
     successes = stats.get("successes") if isinstance(stats, dict) else None
     return Count(successes, 0) if type(successes) is int and 0 <= successes < 2**40 else None

@@ -183,9 +183,9 @@ class WindowedShuffle:
         while True:
             # Epochs that lie ahead are not kept: it is the present one's that draws ask for.
             shards = self._permuted(number)[0] if number != epoch.number else epoch.shards
-            for shard in shards[first:].tolist():
-                if self.counts[shard]:
-                    yield shard
+            for start in range(first, len(shards), self.window_shards):
+                window = shards[start : start + self.window_shards]
+                yield from window[self.counts[window] > 0].tolist()
             number, first = number + 1, 0
 
     def _window_at(self, draw: int) -> tuple[_Window, int]:

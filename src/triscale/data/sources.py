@@ -64,15 +64,20 @@ def split_kind(spec: str) -> tuple[str, str]:
     return (kind, rest) if colon and kind in KINDS else ("", spec)
 
 
+def is_remote(spec: str) -> bool:
+    """Whether `spec` is of URLs."""
+    return "://" in split_kind(spec)[1]
+
+
 def has_columns(spec: str, root: str) -> bool:
     """Whether `spec` names tables. Raises UsageError where it names nothing that there is."""
-    return (split_kind(spec)[0] or _kind_of_files(spec, root)) in TABLES
+    return not is_remote(spec) and (split_kind(spec)[0] or _kind_of_files(spec, root)) in TABLES
 
 
 def needs_root(spec: str) -> bool:
     """Whether what `spec` names lies relative to a root."""
     kind, rest = split_kind(spec)
-    if kind in ("scenes", "hf"):
+    if kind in ("scenes", "hf") or is_remote(spec):
         return False
     paths = [rest] if kind in ("folder", "classes") else split_patterns(rest, "")
     return not all(os.path.isabs(path) for path in paths)

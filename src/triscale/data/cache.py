@@ -1,0 +1,248 @@
+"""A folder of fetched files, of bounded size, that all processes of a node share.
+
+A file is fetched under another name, compared in size with what the server says, and renamed: what bears its name is
+whole. Beside it stands where it came from, its size and its ETag (or time); of a file that an earlier run has fetched
+they are compared with the server's once. Of several processes that want a file one fetches it while the others wait. To
+make room, the file that was used longest ago goes, those that are about to be used last; whoever has it open reads on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import fsspec
+
+from triscale.errors import RunError, UsageError
+
+RETRY_SECONDS = (0.2, 1.0, 5.0, 20.0, 60.0)
+"""Pauses before a failed fetch is tried again."""
+_STALE_SECONDS = 6 * 3600
+"""A part that nothing was written to for so long was left behind by a process that died."""
+_LOCKS = 4096
+_MAX_STAMP_BYTES = 64 * 2**10
+_MISSING_TRIES = 3
+"""So often a file is asked for that is not there: fsspec says so of web servers that did not answer, too."""
+_MISSING = (FileNotFoundError, PermissionError, IsADirectoryError)
+
+Done = TypeVar("Done")
+
+
+class _Stamp(NamedTuple):
+    """What a server says of a file."""
+
+    size: int
+    version: str
+    """Its ETag, or its time; empty where the server tells neither."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """The cache in `folder`, of at most `limit_bytes`, as a run uses it that began at `since` (seconds, time.time()).
+
+    May be pickled to worker processes.
+    """
+
+    folder: Path
+    limit_bytes: int
+    since: float
+
+    def path(self, url: str) -> Path:
+        """Where the file of `url` stands once it is fetched."""
+        return self.folder / f"{hashlib.blake2b(url.encode(), digest_size=16).hexdigest()}.tar"
+
+    def get(self, url: str, keep: Sequence[str] = ()) -> Path:
+        """The file of `url`, fetched if it is not there; it may be gone again once another needs its room.
+
+        Args:
+            keep: URLs in order of need; their files go last, and the last of them first.
+
+        Raises:
+            RunError: it cannot be fetched in six tries, is not there in three, or is larger than the cache.
+        """
+        path = self.path(url)
+        if not self._use(url, path):
+            with self._lock(path.stem, wait=True):
+                if not self._use(url, path):
+                    self._fetch(url, path, keep)
+        return path
+
+    def prefetch(self, url: str, keep: Sequence[str], reserved: Callable[[], None]) -> bool:
+        """Fetch the file of `url` unless it is there, or under way in another process.
+
+        Args:
+            keep: URLs in order of need, this one among them.
+            reserved: called once there is room for it, so that nearer files have theirs before later ones.
+
+        Returns:
+            False where there is no room for it without losing a file that is needed before.
+
+        Raises:
+            RunError: as `get`.
+        """
+        path = self.path(url)
+        if path.exists():
+            return True
+        with self._lock(path.stem, wait=False) as mine:
+            return not mine or self._use(url, path) or self._fetch(url, path, keep, reserved)
+
+    def _use(self, url: str, path: Path) -> bool:
+        """Whether the file is there and still the server's; if so, it counts as used now."""
+        try:
+            status, stamped = path.stat(), _read_stamp(path)
+        except (OSError, ValueError):  # absent, or its stamp is: fetched anew
+            return False
+        if status.st_size != stamped.size:
+            return False
+        if path.with_suffix(".json").stat().st_mtime < self.since:
+            if _tried(url, lambda: _stamp_of(url)) != stamped:
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path.with_suffix(".json"))
+        with contextlib.suppress(FileNotFoundError):  # whoever opens it will see
+            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))
+        return True
+
+    def _fetch(self, url: str, path: Path, keep: Sequence[str], reserved: Callable[[], None] | None = None) -> bool:
+        """Fetch the file, under its lock; False where there is no room, with `reserved`; else room is made."""
+
+        def attempt() -> bool:
+            stamp = _stamp_of(url)
+            part = path.with_name(f"{path.stem}.{stamp.size}.{os.uname().nodename}.{os.getpid()}.part")
+            if not self._make_room(url, stamp.size, part, keep, force=reserved is None):
+                return False
+            if reserved is not None:
+                reserved()
+            try:
+                _file_system(url).get_file(url, str(part))
+                found = part.stat().st_size
+                if found != stamp.size:
+                    raise OSError(f"{found} of {stamp.size} bytes came")
+                # Readers know a file by size and time: another version has another time, the same one its own again.
+                version = hashlib.blake2b(f"{stamp}".encode(), digest_size=5).digest()
+                os.utime(part, ns=(time.time_ns(), int.from_bytes(version, "little")))
+                path.with_suffix(".json").write_text(json.dumps({"url": url, **stamp._asdict()}), encoding="utf-8")
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+            return True
+
+        return _tried(url, attempt)
+
+    def _make_room(self, url: str, size: int, part: Path, keep: Sequence[str], *, force: bool) -> bool:
+        """Remove files until `size` bytes more fit, and begin `part`, which counts as if it were whole.
+
+        False where files would go that are needed before this one, unless by `force`.
+        """
+        if size > self.limit_bytes:
+            raise RunError(f"{url} has {size} bytes, more than the cache may hold: raise --data.cache-gib")
+        needed = {self.path(each): place for place, each in enumerate(keep)}
+        own = needed.get(self.path(url), len(needed))
+        with self._lock("room", wait=True):
+            held = self._held()
+            total = sum(taken for taken, _ in held.values())
+            # Used longest ago first; then what is needed last.
+            order = {path: (1, -needed[path]) if path in needed else (0, used) for path, (_, used) in held.items()}
+            victims = [path for path in sorted(held, key=order.__getitem__) if path.suffix == ".tar"]
+            if not force:
+                victims = [path for path in victims if needed.get(path, own + 1) > own]
+            going = []
+            while victims and total + size > self.limit_bytes:
+                going.append(victims.pop(0))
+                total -= held[going[-1]][0]
+            if total + size > self.limit_bytes and not force:
+                return False
+            for victim in going:
+                victim.with_suffix(".json").unlink(missing_ok=True)
+                victim.unlink(missing_ok=True)
+            part.touch()
+        return True
+
+    def _held(self) -> dict[Path, tuple[int, int]]:
+        """Of each file, the bytes that it takes or will take, and when it was used."""
+        held = {}
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if path.suffix == ".part" and time.time() - status.st_mtime > _STALE_SECONDS:
+                    path.unlink()
+                elif path.suffix in (".tar", ".part"):
+                    size = int(path.name.split(".")[1]) if path.suffix == ".part" else status.st_size
+                    held[path] = (size, status.st_atime_ns)
+        return held
+
+    @contextlib.contextmanager
+    def _lock(self, name: str, *, wait: bool) -> Iterator[bool]:
+        """Hold the lock of `name`, which ends with the process at the latest; False where another holds it."""
+        if name != "room":
+            name = str(int(name, 16) % _LOCKS)
+        descriptor = os.open(self.folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+        finally:
+            os.close(descriptor)
+
+
+def open_cache(folder: str, limit_gib: float) -> Cache:
+    """The cache in `folder`, or in the user's own; made if it is not there. Raises UsageError where it cannot be."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    path = Path(folder or os.path.join(base, "triscale", "remote"))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"the cache {path} cannot be made: {error.strerror}; name another with --data.cache"
+        ) from error
+    return Cache(folder=path, limit_bytes=int(limit_gib * 2**30), since=time.time())
+
+
+def _tried(url: str, attempt: Callable[[], Done]) -> Done:
+    """What `attempt` gives, tried again after a pause where it fails. RunError where it keeps failing."""
+    missing = 0
+    for tries, pause in enumerate((*RETRY_SECONDS, None), start=1):
+        try:
+            return attempt()
+        except RunError:
+            raise
+        except Exception as error:  # the libraries behind fsspec have errors of their own kinds
+            missing += isinstance(error, _MISSING)
+            if pause is None or missing == _MISSING_TRIES:
+                reason = str(error) or type(error).__name__
+                raise RunError(f"{url} could not be fetched in {tries} tries: {reason}") from error
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _stamp_of(url: str) -> _Stamp:
+    info: dict[str, Any] = _file_system(url).info(url)
+    if not isinstance(info.get("size"), int):
+        raise OSError("the server does not tell its size")
+    version = next((info[name] for name in ("ETag", "etag", "mtime", "LastModified", "updated") if info.get(name)), "")
+    return _Stamp(info["size"], str(version))
+
+
+def _read_stamp(path: Path) -> _Stamp:
+    """What the server said of the file at `path`. Raises OSError or ValueError where that is not there."""
+    with path.with_suffix(".json").open("rb") as file:
+        stamp = json.loads(file.read(_MAX_STAMP_BYTES))
+    if not isinstance(stamp, dict) or not isinstance(stamp.get("size"), int):
+        raise ValueError("no stamp")
+    return _Stamp(stamp["size"], str(stamp.get("version", "")))
+
+
+def _file_system(url: str) -> fsspec.AbstractFileSystem:
+    """What reads `url`; fsspec keeps one of a kind. What servers answer is not remembered."""
+    return fsspec.filesystem(url.partition("://")[0], use_listings_cache=False)
