@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import fsspec
 
@@ -75,24 +75,28 @@ class Cache:
                     self._fetch(url, path, keep)
         return path
 
-    def prefetch(self, url: str, keep: Sequence[str], reserved: Callable[[], None]) -> bool:
-        """Fetch the file of `url` unless it is there, or under way in another process.
+    def prefetch(
+        self, url: str, keep: Sequence[str], reserved: Callable[[], None], *, wait: bool
+    ) -> Literal["there", "busy", "full"]:
+        """Fetch the file of `url` unless it is there.
 
         Args:
             keep: URLs in order of need, this one among them.
             reserved: called once there is room for it, so that nearer files have theirs before later ones.
+            wait: for another process or thread that has it under way, which may yet give up.
 
         Returns:
-            False where there is no room for it without losing a file that is needed before.
+            there: or "busy" where another has it under way; "full" where there is no room for it without losing a file
+            that is needed before.
 
         Raises:
             RunError: as `get`.
         """
         path = self.path(url)
-        if path.exists():
-            return True
-        with self._lock(path.stem, wait=False) as mine:
-            return not mine or self._use(url, path) or self._fetch(url, path, keep, reserved)
+        with self._lock(path.stem, wait=wait) as mine:
+            if not mine:
+                return "busy"
+            return "there" if self._use(url, path) or self._fetch(url, path, keep, reserved) else "full"
 
     def _use(self, url: str, path: Path) -> bool:
         """Whether the file is there and still the server's; if so, it counts as used now."""
@@ -113,29 +117,33 @@ class Cache:
 
     def _fetch(self, url: str, path: Path, keep: Sequence[str], reserved: Callable[[], None] | None = None) -> bool:
         """Fetch the file, under its lock; False where there is no room, with `reserved`; else room is made."""
+        parts: set[Path] = set()
 
         def attempt() -> bool:
             stamp = _stamp_of(url)
             part = path.with_name(f"{path.stem}.{stamp.size}.{os.uname().nodename}.{os.getpid()}.part")
-            if not self._make_room(url, stamp.size, part, keep, force=reserved is None):
-                return False
-            if reserved is not None:
-                reserved()
-            try:
-                _file_system(url).get_file(url, str(part))
-                found = part.stat().st_size
-                if found != stamp.size:
-                    raise OSError(f"{found} of {stamp.size} bytes came")
-                # Readers know a file by size and time: another version has another time, the same one its own again.
-                version = hashlib.blake2b(f"{stamp}".encode(), digest_size=5).digest()
-                os.utime(part, ns=(time.time_ns(), int.from_bytes(version, "little")))
-                path.with_suffix(".json").write_text(json.dumps({"url": url, **stamp._asdict()}), encoding="utf-8")
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
+            if part not in parts:  # what is tried again keeps its room
+                if not self._make_room(url, stamp.size, part, keep, force=reserved is None):
+                    return False
+                parts.add(part)
+                if reserved is not None:
+                    reserved()
+            _file_system(url).get_file(url, str(part))
+            found = part.stat().st_size
+            if found != stamp.size:
+                raise OSError(f"{found} of {stamp.size} bytes came")
+            # Readers know a file by size and time: another version has another time, the same one its own again.
+            version = hashlib.blake2b(f"{stamp}".encode(), digest_size=5).digest()
+            os.utime(part, ns=(time.time_ns(), int.from_bytes(version, "little")))
+            path.with_suffix(".json").write_text(json.dumps({"url": url, **stamp._asdict()}), encoding="utf-8")
+            part.replace(path)
             return True
 
-        return _tried(url, attempt)
+        try:
+            return _tried(url, attempt)
+        finally:
+            for part in parts:
+                part.unlink(missing_ok=True)
 
     def _make_room(self, url: str, size: int, part: Path, keep: Sequence[str], *, force: bool) -> bool:
         """Remove files until `size` bytes more fit, and begin `part`, which counts as if it were whole.
@@ -172,7 +180,7 @@ class Cache:
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
-                if path.suffix == ".part" and time.time() - status.st_mtime > _STALE_SECONDS:
+                if path.suffix == ".part" and time.time() - status.st_ctime > _STALE_SECONDS:
                     path.unlink()
                 elif path.suffix in (".tar", ".part"):
                     size = int(path.name.split(".")[1]) if path.suffix == ".part" else status.st_size

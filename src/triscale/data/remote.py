@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
@@ -107,20 +107,23 @@ class RemoteShards:
         self._stop_fetching = stop = threading.Event()
         self._planned = tuple(dict.fromkeys([first, *islice(shards, PLANNED_SHARDS - 1)]))
         keep = [self.urls[shard] for shard in self._planned]
-        waiting = iter(keep)
+        waiting = deque((url, False) for url in keep)
         for _ in range(FETCHERS):
             threading.Thread(target=self._fetch_ahead, args=(waiting, keep, stop), name="fetch", daemon=True).start()
 
-    def _fetch_ahead(self, waiting: Iterator[str], keep: Sequence[str], stop: threading.Event) -> None:
+    def _fetch_ahead(self, waiting: deque[tuple[str, bool]], keep: Sequence[str], stop: threading.Event) -> None:
         """Fetch one shard after another of those `waiting` until the cache is full or another plan is made."""
         while not stop.is_set():
             with contextlib.ExitStack() as turn:
                 turn.enter_context(self._turn)
-                url = next(waiting, None)
-                if url is None:
+                if not waiting:
                     return
+                url, again = waiting.popleft()
                 try:
-                    if not self.cache.prefetch(url, keep, turn.close):
+                    outcome = self.cache.prefetch(url, keep, turn.close, wait=again)
+                    if outcome == "busy":
+                        waiting.append((url, True))
+                    elif outcome == "full":
                         stop.set()
                 except (RunError, OSError):  # whoever reads it will meet the same, and say so
                     stop.set()
