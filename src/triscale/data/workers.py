@@ -43,7 +43,8 @@ def run(
         options["multiprocessing_context"] = _context()
         options["prefetch_factor"] = max(2, -(-ahead // workers))
         options["worker_init_fn"] = _end_with_parent
-    with warnings.catch_warnings():
+    others = multiprocessing.active_children()
+    with warnings.catch_warnings(), _signals_held():
         # How many workers there are is the caller's choice, and more than cores do not fail.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader = DataLoader(
@@ -56,8 +57,6 @@ def run(
             generator=torch.Generator(),
             **options,
         )
-    others = multiprocessing.active_children()
-    with _signals_held():
         results = iter(loader)
     started = [process for process in multiprocessing.active_children() if process not in others]
     return _checked(results, started)
