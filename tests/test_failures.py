@@ -210,9 +210,10 @@ def attempt(
             read()
             return super().read(index, image=image)
 
+    mixture = replace(assembly.open_training_data(config), sources=(Reading("train"),))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "make_model", make_model)
-        patch.setattr(runs, "open_training_data", lambda config: Reading("train"))
+        patch.setattr(runs, "open_training_data", lambda config: mixture)
         patch.setattr(rows, "RETRY_SECONDS", (0.0, 0.0, 0.0))
         try:
             return f"status {runs.train_run(replace(config, run=RunSettings(dir=str(folder))), 'toy')}"

@@ -18,7 +18,7 @@ import os
 import stat
 import struct
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -179,14 +179,14 @@ def read_counts(shard_folder: str) -> dict[str, tuple[Stamp, Count]]:
 
 
 def parse_counts(content: bytes) -> dict[str, tuple[Stamp, Count]]:
-    """File name to stamp and count, from what a `counts.json` holds; nothing where it is damaged."""
+    """File name to stamp and count, from what a `counts.json` holds; what is damaged is left out."""
     try:
         listed = json.loads(content)
-        if listed["version"] != 1:
-            return {}
-        return {str(name): _entry(values) for name, values in listed["shards"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, RecursionError):
         return {}
+    shards = listed.get("shards") if isinstance(listed, dict) and listed.get("version") == 1 else None
+    entries = {str(name): _entry(values) for name, values in shards.items()} if isinstance(shards, dict) else {}
+    return {name: entry for name, entry in entries.items() if entry is not None}
 
 
 def write_counts(folder: str, counts: Mapping[str, tuple[Stamp, Count]]) -> None:
@@ -218,10 +218,12 @@ def parse_img2dataset(content: bytes) -> Count | None:
     return Count(successes, 0) if type(successes) is int and 0 <= successes < 2**40 else None
 
 
-def _entry(values: Sequence[int]) -> tuple[Stamp, Count]:
+def _entry(values: object) -> tuple[Stamp, Count] | None:
+    if not isinstance(values, list) or len(values) != 4 or not all(type(value) is int for value in values):
+        return None
     size, time_ns, samples, skipped = values
-    if not all(type(value) is int for value in values) or not (0 <= samples < 2**40 and 0 <= skipped < 2**40):
-        raise ValueError("no counts")
+    if not (0 <= samples < 2**40 and 0 <= skipped < 2**40):
+        return None
     return (size, time_ns), Count(samples, skipped)
 
 
