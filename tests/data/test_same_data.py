@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pictures import NAMES, SETTINGS, Pictures, joined
 from triscale.data import loader
@@ -38,21 +40,24 @@ class Shards(Pictures):
         return replace(sample, text=f"picture {index // 2}".encode(), label=str(index % 4).encode())
 
 
-def make_reader(kind: str) -> BatchReader:
-    pairs, labelled = Shards((9, 20, 0, 31, 15, 5, 20), range(0, 100, 9)), Shards((30, 10), [4])
+COUNTS = (9, 20, 0, 31, 15, 5, 20)
+
+
+def make_reader(kind: str, counts: tuple[int, ...] = COUNTS, seed: int = SEED, batch: int = BATCH) -> BatchReader:
+    pairs, labelled = Shards(counts, range(0, sum(counts), 9)), Shards((30, 10), [4])
     captions = CaptionRules(ids="caption", templates=("{c}", "a photo of {c}"))
     labels = CaptionRules(fields=("cls",), classnames=tuple(NAMES), ids="label", part_dropout=0.5, source=1)
     mixed = Mixture(sources=(pairs, labelled), captions=(captions, labels), weights=(5, 1))
     alone = Mixture(sources=(pairs,), captions=(captions,), weights=None)
     mixture = alone if kind == "windowed" else mixed
-    order = mixture.order(SEED, window_shards=2 if kind in ("windowed", "all") else 0)
+    order = mixture.order(seed, window_shards=2 if kind in ("windowed", "all") else 0)
     if kind in ("distinct", "all"):
         parts = zip(mixture.sources, mixture.captions, strict=True)
-        order = DistinctOrder(order, [read_ids(source, rules, range(len(source))) for source, rules in parts], BATCH)
-    settings = replace(SETTINGS, canvas=0)
-    augmentation = Augmentation(settings.augment, settings.image_size)
-    tokenizer = Tokenizer(MODEL, settings.tokens)
-    return BatchReader(mixture.sources, mixture.captions, order, tokenizer, augmentation, settings, SEED)
+        order = DistinctOrder(order, [read_ids(source, rules, range(len(source))) for source, rules in parts], batch)
+    data = replace(SETTINGS, canvas=0)
+    augmentation = Augmentation(data.augment, data.image_size)
+    tokenizer = Tokenizer(MODEL, data.tokens)
+    return BatchReader(mixture.sources, mixture.captions, order, tokenizer, augmentation, data, seed)
 
 
 def digest(received: Iterable[Batch]) -> str:
@@ -65,9 +70,11 @@ def digest(received: Iterable[Batch]) -> str:
     return hashed.hexdigest()
 
 
-def received(reader: BatchReader, start: int, stop: int, *, workers: int, world: int) -> Iterator[Batch]:
+def received(
+    reader: BatchReader, start: int, stop: int, *, workers: int, world: int, size: int = BATCH
+) -> Iterator[Batch]:
     """What the steps from `start` to before `stop` get, over all ranks."""
-    options = {"start": start * BATCH, "last": stop * BATCH, "batch_size": BATCH, "world": world, "workers": workers}
+    options = {"start": start * size, "last": stop * size, "batch_size": size, "world": world, "workers": workers}
     ranks = [batches(reader, rank=rank, **options) for rank in range(world)]
     for parts in zip(*ranks, strict=True):
         assert all(isinstance(part, Batch) for part in parts)
@@ -105,6 +112,27 @@ def test_the_step_receives_the_same_for_any_workers_and_ranks_resumed_anywhere(
         stop = first + 4
         made = received(make_reader(kind), first, stop, workers=workers, world=world)
         assert digest(made) == digest(whole[first:stop]), (world, workers, first)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(["mixture", "distinct", "windowed", "all"]),
+    counts=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(lambda counts: sum(counts) > 30),
+    seed=st.integers(0, 2**31),
+    size=st.integers(4, 12),
+    world=st.integers(1, 4),
+    steps=st.tuples(st.integers(0, 60), st.integers(1, 4)),
+    piece=st.integers(1, 9),
+)
+def test_for_any_sizes_and_seeds_ranks_receive_what_one_process_would(
+    kind: str, counts: list[int], seed: int, size: int, world: int, steps: tuple[int, int], piece: int
+) -> None:
+    first, stop = steps[0], sum(steps)
+    with pytest.MonkeyPatch.context() as patch:
+        whole = list(received(make_reader(kind, tuple(counts), seed, size), 0, stop, workers=0, world=1, size=size))
+        patch.setattr(loader, "PIECE_ROWS", piece)
+        resumed = make_reader(kind, tuple(counts), seed, size)
+        assert digest(received(resumed, first, stop, workers=0, world=world, size=size)) == digest(whole[first:])
 
 
 def test_the_hash_sees_each_thing_that_the_step_receives() -> None:
