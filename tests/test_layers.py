@@ -21,7 +21,7 @@ data: remote decode augment lists captions text folders tables csv_rows parquet 
 data: quarantine workers indexing stats stats_page rows ids loader mixture pack
 models: __init__ settings normalisation image text projection dual_encoder presets prompts
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps
-losses: dense tiled contrastive info_nce sigmoid nt_xent __init__
+losses: dense tiled contrastive info_nce sigmoid nt_xent classification __init__
 training: __init__ settings host_memory parallel memory plan recovery remat batch_norm compilation staging lane step
 training: verify optim checkpoint log loop
 evaluation: __init__ settings datasets encoder zeroshot retrieval suite report

@@ -1,4 +1,6 @@
-"""Contrastive losses as modules that own their temperature; each in a dense and a tiled form with equal results."""
+"""Contrastive losses as modules that own their temperature, each in a dense and a tiled form with equal results; and a
+classifier for towers that are trained on labels first.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 from triscale.errors import UsageError
+from triscale.losses.classification import SoftmaxClassifier
 from triscale.losses.contrastive import ContrastiveLoss
 from triscale.losses.info_nce import InfoNCE
 from triscale.losses.nt_xent import NTXent
 from triscale.losses.sigmoid import Sigmoid
 
-__all__ = ["PAIR_LOSSES", "InfoNCE", "NTXent", "Sigmoid"]
+__all__ = ["PAIR_LOSSES", "InfoNCE", "NTXent", "Sigmoid", "SoftmaxClassifier"]
 
 
 def _sigmoid(batch_size: int, skip_negligible: bool = False, **options: Any) -> Sigmoid:
