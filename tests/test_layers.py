@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 LAYERS = """
 errors randomness distributed
 data: __init__ settings samples permutation shuffle order distinct paths entries tar files shard_index shards cache
-data: remote decode augment lists captions text folders tables csv_rows parquet hub drawing scene_words scenes sources
+data: remote headers decode augment lists captions text folders tables csv_rows parquet hub drawing scene_words scenes sources
 data: quarantine workers indexing stats stats_page rows ids loader mixture pack
 models: __init__ settings normalisation image text projection dual_encoder presets prompts
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps

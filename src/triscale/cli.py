@@ -23,6 +23,7 @@ VERIFY_LIMIT = 1e-10
 """Largest relative error, in float64, of a gradient that counts as exact."""
 SHOWN_PARAMETERS = 5
 SHOWN_LABELS = 5
+_LONGEST_LINE = 2000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,13 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: object, status: int) -> int:
     from rich.console import Console
 
-    line = "".join(c if c.isprintable() else " " for c in str(message))
-    Console(stderr=True, highlight=False).print(f"triscale: {line}", markup=False, soft_wrap=True)
+    Console(stderr=True, highlight=False).print(f"triscale: {_one_line(message)}", markup=False, soft_wrap=True)
     return status
 
 
 def _report(line: str) -> None:
-    print(f"triscale: {line}", file=sys.stderr)
+    print(f"triscale: {_one_line(line)}", file=sys.stderr)
+
+
+def _one_line(message: object) -> str:
+    """A message as one line, not endless, without terminal commands: it may hold names from data."""
+    text = str(message)
+    line = "".join(c if c.isprintable() else " " for c in text[:_LONGEST_LINE])
+    return line if len(text) <= _LONGEST_LINE else line + "…"
 
 
 def _overview() -> str:

@@ -167,6 +167,9 @@ def _metadata(sample: Sample) -> dict[str, object]:
 
 
 def _clean(caption: str) -> str:
-    """Without control characters and lone surrogates (JSON can spell them), runs of white space as one space."""
-    visible = _CONTROL.sub("", caption).encode("utf-8", "ignore").decode("utf-8")
-    return " ".join(visible.split())
+    """Without control characters and lone surrogates (JSON can spell them), runs of white space as one space.
+
+    Empty where nothing can be seen, be it only marks of direction and spaces of no width.
+    """
+    text = " ".join(_CONTROL.sub("", caption).encode("utf-8", "ignore").decode("utf-8").split())
+    return text if any(character.isprintable() and character != " " for character in text) else ""

@@ -132,7 +132,10 @@ def _read_header(line: bytes, path: str, wanted: Sequence[str]) -> tuple[str, tu
     separators = ("\t",) if path.lower().endswith(".tsv") else sorted(_SEPARATORS, key=lambda s: -text.count(s))
     failure: UsageError | None = None
     for separator in separators:
-        names = tuple(name.strip() for name in next(csv.reader([text.rstrip("\r\n")], delimiter=separator)))
+        try:
+            names = tuple(name.strip() for name in next(csv.reader([text.rstrip("\r\n")], delimiter=separator)))
+        except csv.Error as error:
+            raise UsageError(f"{path} is no CSV file: its first line cannot be read ({error})") from error
         try:
             return separator, names, choose_columns(names, wanted, path)
         except UsageError as error:

@@ -18,10 +18,16 @@ import torch.nn.functional as F
 from jaxtyping import UInt8
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
+from triscale.data.headers import jpeg_scans, png_bits, png_lacks_rows, webp_pixels
 from triscale.data.samples import BadSample
+from triscale.errors import RunError
 
 MAX_PIXELS = 2**26
 """Largest image, in pixels, that is decoded: 67 megapixels, 200 MB as RGB."""
+MAX_SCANS = 100
+"""Most times that a JPEG may go over its pixels. Progressive ones do so some ten times; thousands of empty scans, a few
+bytes each, would keep a worker busy for minutes."""
+_STRIP_PIXELS = 2**20
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -58,16 +64,21 @@ def decode_image(
 
     Raises:
         BadSample: "image-empty", "image-unreadable", "image-truncated" or "image-too-large".
+        RunError: there is no memory for it.
     """
     if not data:
         raise BadSample("image-empty")
+    if _asks_too_much(data, max_pixels):
+        raise BadSample("image-too-large")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of oddities that it then reads correctly
         try:
             image = _open(data)
             if image is not None and image.width * image.height <= max_pixels:
                 pixels = _decode_jpeg(data, image, min_side)
-                return _upright(_to_rgb(image) if pixels is None else pixels, image)
+                return _upright(_to_rgb(image, data) if pixels is None else pixels, image)
+        except MemoryError as fault:  # says nothing about the bytes: another time they are decoded
+            raise RunError("no memory to decode an image in: lower --data.workers") from fault
         except Exception as fault:
             # Not only OSError: on damaged files Pillow raises SyntaxError, ValueError, struct.error, KeyError, ...
             raise BadSample("image-truncated" if _is_cut_off(data) else "image-unreadable") from fault
@@ -134,16 +145,56 @@ def _decode_jpeg(data: bytes, image: ImageFile.ImageFile, min_side: int | None) 
         return None
 
 
-def _to_rgb(image: ImageFile.ImageFile) -> UInt8[np.ndarray, "h w 3"]:
-    """Convert any mode that the three formats know. Decodes the pixels."""
+def _asks_too_much(data: bytes, max_pixels: int) -> bool:
+    """Whether a file would take too much memory or time before Pillow tells its size."""
+    extension = image_extension(data)
+    return (extension == "webp" and webp_pixels(data) > max_pixels) or (
+        extension == "jpg" and jpeg_scans(data) > MAX_SCANS
+    )
+
+
+def _to_rgb(image: ImageFile.ImageFile, data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """Convert any mode that the three formats know, some rows at a time. Decodes the pixels of the file `data`."""
+    if image.width == 0 or image.height == 0:
+        raise ValueError("an image without pixels")
+    image.load()
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        _check_png(image, data)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        below = min(top + rows, image.height)
+        # A crop is a copy, and small images need none.
+        strip = image if rows >= image.height else image.crop((0, top, image.width, below))
+        pixels[top:below] = _strip_to_rgb(strip)
+    return pixels
+
+
+def _strip_to_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w 1"]:
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
-        wide = np.asarray(image).astype(np.uint32)
-        return np.repeat(((wide * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=2)
+        wide = np.asarray(image)
+        grey = ((wide.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[wide == image.info["transparency"]] = 255
+        return grey[..., None]
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-        return np.array(image.convert("RGB"))
+        return np.asarray(image.convert("RGB"))
     seen = image.convert("RGBA")
     white = Image.new("RGBA", seen.size, "white")
-    return np.array(Image.alpha_composite(white, seen).convert("RGB"))
+    return np.asarray(Image.alpha_composite(white, seen).convert("RGB"))
+
+
+def _check_png(image: PngImagePlugin.PngImageFile, data: bytes) -> None:
+    """Mend and refuse what Pillow reads wrongly of a PNG that it has decoded."""
+    if image.mode == "P" and image.palette is None:
+        raise ValueError("a palette image without a palette")
+    if image.mode == "L" and png_bits(data) < 8 and "transparency" in image.info:
+        # Told in samples of 2 or 4 bits, while the pixels have been scaled to 8.
+        image.info["transparency"] *= 255 // (2 ** png_bits(data) - 1)
+    last = image.getpixel((image.width - 1, image.height - 1))
+    black = last == 0 or (isinstance(last, tuple) and not any(last))
+    if (black or image.info.get("interlace")) and png_lacks_rows(data):
+        raise ValueError("the pixels end before the last row")
 
 
 def _upright(pixels: UInt8[np.ndarray, "h w 3"], image: ImageFile.ImageFile) -> UInt8[np.ndarray, "h2 w2 3"]:

@@ -85,7 +85,7 @@ class ParquetSource:
         """Sample `index`, 0 <= index < len; without `image` the image's column is not read.
 
         Raises:
-            BadSample: row-group-damaged, or as `tables.make_sample`.
+            BadSample: row-group-damaged, row-not-utf8, row-malformed, or as `tables.make_sample`.
             OSError: reading failed.
             RunError: the file is not the one that was opened.
         """
@@ -102,7 +102,7 @@ class ParquetSource:
         table = (self._whole if image else self._beside)[group]
         if table is None:
             raise BadSample("row-group-damaged", key)
-        value = {name: table.column(name)[row].as_py() for name in table.column_names}
+        value = _row(table, row, key)
         return make_sample(
             key,
             value[columns.image] if image else b"",
@@ -161,6 +161,16 @@ def _read_group(files: _Files, opened: Recent[Any], columns: Sequence[str], grou
         if error.errno is None:  # what could be read is damaged, says the decompressor
             return None
         raise
+
+
+def _row(table: Any, row: int, key: str) -> dict[str, Any]:
+    """A row's values by column. What files say to be text is not checked before."""
+    try:
+        return {name: table.column(name)[row].as_py() for name in table.column_names}
+    except UnicodeDecodeError:
+        raise BadSample("row-not-utf8", key) from None
+    except (ValueError, OverflowError):  # such as a date beyond those that Python has
+        raise BadSample("row-malformed", key) from None
 
 
 def _packages() -> tuple[Any, Any]:

@@ -38,6 +38,7 @@ _SAMPLE_BYTES = 8 * 8 + 8  # four offsets and sizes, the end of the key
 MAX_COUNTS_BYTES = 256 * 2**20
 _MAX_STATS_BYTES = 2**20
 _REFUSED_TYPES = {b"1": "entry-is-link", b"2": "entry-is-link"} | dict.fromkeys((b"3", b"4", b"6"), "entry-is-device")
+_REFUSED_TYPES[b"S"] = "entry-is-sparse"
 
 Stamp = tuple[int, int]
 """Size in bytes and time of change in nanoseconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -83,20 +84,20 @@ def make_sample(key: str, image: object, captions: Sequence[object], label: obje
         folder: what paths are relative to and must not leave, as os.path.realpath gives it.
 
     Raises:
-        BadSample: the image is missing, empty, too large or outside of the folder.
+        BadSample: the image is missing, empty, too large or outside of the folder, or a caption not UTF-8.
         OSError: reading failed.
     """
     lines = [
-        " ".join(str(text).split())
+        " ".join(_text(text, "caption-not-utf8", key).split())
         for caption in captions
         for text in (caption if isinstance(caption, list | tuple) else [caption])
-        if text is not None
+        if not _is_null(text)
     ]
     return Sample(
         key=key,
         image=_image(key, image, folder),
         text="\n".join(lines).encode("utf-8", "ignore") if lines else None,
-        label=None if label is None else str(label).encode("utf-8", "ignore"),
+        label=None if _is_null(label) else _text(label, "label-not-a-number", key).encode("utf-8", "ignore"),
     )
 
 
@@ -106,6 +107,19 @@ def require_package(module: str, extra: str, what: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise UsageError(f"{what} needs {error.name}: pip install 'triscale[{extra}]'") from error
+
+
+def _is_null(value: object) -> bool:
+    """Whether there is nothing: what pandas writes for an empty cell of a column of numbers is no word, either."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _text(value: object, reason: str, key: str) -> str:
+    """A cell as text; where it is bytes, as files without a type for text hold it, they must be UTF-8."""
+    try:
+        return value.decode() if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError:
+        raise BadSample(reason, key) from None
 
 
 def _image(key: str, image: object, folder: str) -> bytes:

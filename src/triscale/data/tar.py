@@ -11,6 +11,10 @@ from triscale.errors import UsageError
 
 _BLOCK_BYTES = 512
 _MAX_NAME_BYTES = 2**20
+_RECORD_BYTES = 20 * _BLOCK_BYTES
+"""What the end of an archive is filled up to."""
+_WITHOUT_BODY = (b"1", b"2", b"3", b"4", b"5", b"6")
+"""Links, devices, folders and pipes."""
 _PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
 
 
@@ -63,6 +67,10 @@ def tar_entries(file: ReadOnlyFile) -> Iterator[TarEntry]:
         body = offset + _BLOCK_BYTES
         if kind not in b"xL" and long_size is not None:
             size = long_size
+        if kind in _WITHOUT_BODY:  # whatever size they tell: old programs tell that of a link's target
+            size = 0
+        elif kind == b"S":
+            body = _behind_sparse_map(file, header, body)
         offset = body + -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
         if offset > file.size:
             raise UsageError(f"{file.path} is cut off in the middle of an entry: fetch it again")
@@ -77,6 +85,25 @@ def tar_entries(file: ReadOnlyFile) -> Iterator[TarEntry]:
         elif kind not in b"gK":  # pax global attributes and GNU link targets: of no use here
             yield TarEntry(_header_name(header) if long_name is None else long_name, kind, body, size)
             long_name, long_size = None, None
+    _require_no_second(file, offset)
+
+
+def _require_no_second(file: ReadOnlyFile, end: int) -> None:
+    """Raise UsageError where a further archive follows the end, whose samples would be lost; other bytes may."""
+    rest = file.read(end, min(_RECORD_BYTES + _BLOCK_BYTES, file.size - end))
+    blocks = (rest[at : at + _BLOCK_BYTES] for at in range(0, len(rest), _BLOCK_BYTES))
+    following = next((block for block in blocks if block.strip(b"\0")), b"")
+    if len(following) == _BLOCK_BYTES and _has_checksum(following):
+        raise UsageError(f"{file.path} is several archives in one file, read as its first alone: write it as one")
+
+
+def _behind_sparse_map(file: ReadOnlyFile, header: bytes, offset: int) -> int:
+    """Where the body of GNU's sparse kind begins: behind the blocks that its map takes beside the header."""
+    goes_on = header[482]
+    while goes_on and offset + _BLOCK_BYTES <= file.size:
+        goes_on = file.read(offset, _BLOCK_BYTES)[504]
+        offset += _BLOCK_BYTES
+    return offset
 
 
 def _read_header(file: ReadOnlyFile, offset: int) -> bytes:
@@ -88,13 +115,19 @@ def _read_header(file: ReadOnlyFile, offset: int) -> bytes:
     header = file.read(offset, _BLOCK_BYTES)
     if not header.strip(b"\0"):
         return b""
-    checksum = header[148:156].strip(b" \0")
-    if not checksum.isdigit() or int(checksum, 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+    if not _has_checksum(header):
         if offset:
             raise UsageError(f"{file.path} is damaged at byte {offset}: fetch it again")
         packed = header.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
         raise UsageError(f"{file.path} is {'compressed: unpack it to a plain tar' if packed else 'not a tar shard'}")
     return header
+
+
+def _has_checksum(header: bytes) -> bool:
+    """Whether a block holds the octal sum of its bytes, as every header does."""
+    digits = header[148:156].strip(b" \0")
+    is_octal = bool(digits) and not digits.strip(b"01234567")
+    return is_octal and int(digits, 8) == sum(header) - sum(header[148:156]) + 8 * ord(" ")
 
 
 def _header_name(header: bytes) -> str:
@@ -129,11 +162,12 @@ def _decimal(digits: bytes, path: str) -> int:
 def _pax_attributes(data: bytes, path: str) -> dict[bytes, bytes]:
     """The records "LENGTH KEY=VALUE\\n" of a pax header."""
     attributes: dict[bytes, bytes] = {}
-    while data.strip(b"\0"):
-        record = _PAX_RECORD.match(data)
-        length = int(record[1]) if record else 0
-        if record is None or not record.end() < length <= len(data):
+    place, end = 0, len(data.rstrip(b"\0"))
+    while place < end:
+        record = _PAX_RECORD.match(data, place)
+        following = place + int(record[1]) if record else 0
+        if record is None or not record.end() < following <= len(data):
             raise UsageError(f"{path} is damaged: unreadable pax attributes")
-        attributes[record[2]] = data[record.end() : length - 1]
-        data = data[length:]
+        attributes[record[2]] = data[record.end() : following - 1]
+        place = following
     return attributes
