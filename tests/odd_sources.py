@@ -45,7 +45,7 @@ def _captions() -> dict[str, Sidecars]:
         "an empty text beside JSON": ({"txt": b" ", "json": b'{"title": "a dog"}'}, "a dog"),
         "label with white space": ({"txt": b"a dog", "cls": b" \n007\r\n"}, "a dog"),
         "label of 18 digits": ({"txt": b"a dog", "cls": b"9" * 18}, "a dog"),
-        "extensions in capitals": ({"TXT": b"a dog", "Cls": b"1"}, "a dog"),
+        "extensions in capitals": ({"TXT": b"a dog", "Json": b"{}"}, "a dog"),
     }
     bad: dict[str, tuple[dict[str, bytes], str]] = {
         "none": ({}, "caption-missing"),
@@ -101,7 +101,7 @@ def _long(letter: str, length: int) -> str:
 
 def _sparse(holes: int) -> bytes:
     """An entry in GNU's sparse form with `holes` blocks of its map behind the header, and a body of one block."""
-    header = tarfile.TarInfo("sparse.png")
+    header = tarfile.TarInfo(f"sparse{holes}.png")
     header.type, header.size = tarfile.GNUTYPE_SPARSE, 512
     block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
     block[482] = bool(holes)
@@ -128,8 +128,8 @@ def _shards() -> dict[str, Entries]:
         "block device": Entries([special("b.dev.png", tarfile.BLKTYPE)], {}, [("b.dev.png", "entry-is-device")]),
         "pipe": Entries([special("pipe.png", tarfile.FIFOTYPE)], {}, [("pipe.png", "entry-is-device")]),
         "folders": Entries([special("f/", tarfile.DIRTYPE), special("g.png", tarfile.DIRTYPE), ("f/a.png", PNG)], {"f/a": PNG}),  # noqa: E501  # fmt: skip
-        "sparse": Entries([_sparse(0)], {}, [("sparse.png", "entry-is-sparse")]),
-        "sparse with a long map": Entries([_sparse(3), ("h.png", PNG)], {"h": PNG}, [("sparse.png", "entry-is-sparse")]),  # noqa: E501  # fmt: skip
+        "sparse": Entries([_sparse(0)], {}, [("sparse0.png", "entry-is-sparse")]),
+        "sparse with a long map": Entries([_sparse(3), ("h.png", PNG)], {"h": PNG}, [("sparse3.png", "entry-is-sparse")]),  # noqa: E501  # fmt: skip
         "global pax header": Entries([_global(), ("i.png", PNG)], {"i": PNG}),
         "a pax size": Entries([pax({"size": b"%d" % len(PNG)}), with_size_field(("j.png", PNG), b"00000000000\0")], {"j": PNG}),  # noqa: E501  # fmt: skip
         "a binary size": Entries([with_size_field(("k.png", PNG), b"\x80" + len(PNG).to_bytes(11, "big"))], {"k": PNG}),

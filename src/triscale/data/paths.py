@@ -23,7 +23,7 @@ def split_patterns(spec: str, root: str) -> list[str]:
     Raises:
         UsageError: a quote is left open, or there is no pattern.
     """
-    if os.path.exists(os.path.join(root, spec)) or (" " in spec and glob.glob(spec, root_dir=root or None)):
+    if os.path.exists(os.path.join(root, spec)) or (" " in spec and _glob(spec, root)):
         return [spec]
     try:
         patterns = shlex.split(spec)
@@ -93,8 +93,16 @@ def _matches(pattern: str, root: str) -> list[str]:
     path = os.path.join(root, pattern)
     if os.path.isfile(path):
         return [path]
-    found = [os.path.join(root, match) for match in glob.glob(pattern, root_dir=root or None, recursive=True)]
+    found = [os.path.join(root, match) for match in _glob(pattern, root)]
     return [match for match in found if os.path.isfile(match)]
+
+
+def _glob(pattern: str, root: str) -> list[str]:
+    """What matches below `root`, relative to it."""
+    try:
+        return glob.glob(pattern, root_dir=root or None, recursive=True)
+    except RecursionError:
+        raise UsageError(f"{pattern[:60]}... has too many folders for a pattern") from None
 
 
 def _nothing(path: str, root: str, pattern: str, missing: int, expanded: int) -> UsageError:

@@ -93,6 +93,8 @@ def make_sample(key: str, image: object, captions: Sequence[object], label: obje
         for text in (caption if isinstance(caption, list | tuple) else [caption])
         if not _is_null(text)
     ]
+    if isinstance(label, float) and label.is_integer():  # whole numbers among which one is missing, by pandas
+        label = int(label)
     return Sample(
         key=key,
         image=_image(key, image, folder),
