@@ -103,7 +103,9 @@ def _jpegs() -> dict[str, Seen]:
     }
     found = {f"JPEG: {name}": Seen(data, SEEN, LOSSY) for name, data in files.items()}
     found |= {f"JPEG: EXIF orientation {o}": Seen(oriented(SEEN, o, "JPEG"), SEEN, LOSSY) for o in range(1, 9)}
-    cmyk = encode(Image.merge("CMYK", [Image.fromarray(255 - band) for band in [*SEEN.transpose(2, 0, 1), 255 + 0 * SEEN[..., 0]]]), "JPEG", quality=100, subsampling=0)  # fmt: skip
+    ink = [Image.fromarray(255 - band) for band in SEEN.transpose(2, 0, 1)]
+    whole = Image.merge("CMYK", [*ink, Image.new("L", (SIDE, SIDE), 0)])
+    cmyk = encode(whole, "JPEG", quality=100, subsampling=0)
     adobe = cmyk.index(b"\xff\xee")
     return found | {
         "JPEG: CMYK": Seen(cmyk, SEEN, LOSSY),
@@ -161,11 +163,26 @@ def _pngs() -> dict[str, Seen]:
         "16 bit grey": (png(SIDE, SIDE, 16, 0, plain_rows(wide[..., 0])), GREY),
         "16 bit RGB": (png(SIDE, SIDE, 16, 2, plain_rows(wide)), SEEN),
         "palette": (encode(quantized, "PNG"), np.array(quantized.convert("RGB"))),
-        "palette with transparency": (png(SIDE, SIDE, 8, 3, plain_rows(palette), plte + chunk(b"tRNS", b"\xff\0\x80")), colours),  # noqa: E501  # fmt: skip
-        "a transparent colour": (png(SIDE, SIDE, 8, 2, plain_rows(SEEN), chunk(b"tRNS", struct.pack(">3H", *SEEN[3, 4]))), _but(SEEN, 3, 4)),  # noqa: E501  # fmt: skip
-        "a transparent 16 bit grey": (png(SIDE, SIDE, 16, 0, plain_rows(wide[..., 0]), chunk(b"tRNS", struct.pack(">H", wide[0, 5, 0]))), _but_column(GREY, 5)),  # noqa: E501  # fmt: skip
-        "a transparent 4 bit grey": (png(SIDE, SIDE, 4, 0, plain_rows(packed), chunk(b"tRNS", struct.pack(">H", levels[0, 5]))), _but((levels * 17)[..., None].repeat(3, 2), 0, 5)),  # noqa: E501  # fmt: skip
-        "animation": (encode(Image.fromarray(SEEN), "PNG", save_all=True, append_images=[Image.fromarray(NOISE)]), SEEN),  # noqa: E501  # fmt: skip
+        "palette with transparency": (
+            png(SIDE, SIDE, 8, 3, plain_rows(palette), plte + chunk(b"tRNS", b"\xff\0\x80")),
+            colours,
+        ),  # noqa: E501  # fmt: skip
+        "a transparent colour": (
+            png(SIDE, SIDE, 8, 2, plain_rows(SEEN), chunk(b"tRNS", struct.pack(">3H", *SEEN[3, 4]))),
+            _but(SEEN, 3, 4),
+        ),  # noqa: E501  # fmt: skip
+        "a transparent 16 bit grey": (
+            png(SIDE, SIDE, 16, 0, plain_rows(wide[..., 0]), chunk(b"tRNS", struct.pack(">H", wide[0, 5, 0]))),
+            _but_column(GREY, 5),
+        ),  # noqa: E501  # fmt: skip
+        "a transparent 4 bit grey": (
+            png(SIDE, SIDE, 4, 0, plain_rows(packed), chunk(b"tRNS", struct.pack(">H", levels[0, 5]))),
+            _but((levels * 17)[..., None].repeat(3, 2), 0, 5),
+        ),  # noqa: E501  # fmt: skip
+        "animation": (
+            encode(Image.fromarray(SEEN), "PNG", save_all=True, append_images=[Image.fromarray(NOISE)]),
+            SEEN,
+        ),  # noqa: E501  # fmt: skip
         "gamma": (png(SIDE, SIDE, 8, 2, plain_rows(SEEN), chunk(b"gAMA", struct.pack(">I", 100_000))), SEEN),
         "colour profile": (encode(SEEN, "PNG", icc_profile=PROFILE), SEEN),
         "hostile text": (png(SIDE, SIDE, 8, 2, plain_rows(SEEN), chunk(b"tEXt", b"Comment\0" + text)), SEEN),
@@ -292,7 +309,9 @@ def _bad_pngs() -> dict[str, Bad]:
         "height 0": Bad(png(SIDE, 0, 8, 2, b""), unreadable),
         "60,000 x 60,000": Bad(png(60_000, 60_000, 8, 2, bytes(1000)), large),
         "2**31 - 1 wide": Bad(png(2**31 - 1, 2**31 - 1, 1, 0, bytes(1000)), large),
-        "2**31 wide": Bad(PNG[:8] + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""), large),  # noqa: E501  # fmt: skip
+        "2**31 wide": Bad(
+            PNG[:8] + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""), large
+        ),  # noqa: E501  # fmt: skip
         "a depth that does not exist": Bad(png(SIDE, SIDE, 3, 2, rows), unreadable),
         "a filter that does not exist": Bad(png(SIDE, SIDE, 8, 2, b"\x09" + rows[1:]), unreadable),
         "a palette image without a palette": Bad(png(SIDE, SIDE, 8, 3, plain_rows(SEEN[..., 0])), unreadable),

@@ -40,7 +40,10 @@ def _captions() -> dict[str, Sidecars]:
         "JSON in UTF-16": ({"json": '{"title": "a dog"}'.encode("utf-16")}, "a dog"),
         "JSON: a list": ({"json": b'{"title": [null, 3, "", "a dog"]}'}, "a dog"),
         "JSON: lone surrogates": ({"json": b'{"title": "a \\ud800dog"}'}, "a dog"),
-        "JSON: NaN and huge numbers beside": ({"json": b'{"a": NaN, "b": 1e999, "c": -Infinity, "title": "a dog"}'}, "a dog"),  # noqa: E501  # fmt: skip
+        "JSON: NaN and huge numbers beside": (
+            {"json": b'{"a": NaN, "b": 1e999, "c": -Infinity, "title": "a dog"}'},
+            "a dog",
+        ),  # noqa: E501  # fmt: skip
         "JSON: a field twice": ({"json": b'{"title": 1, "title": "a dog"}'}, "a dog"),
         "an empty text beside JSON": ({"txt": b" ", "json": b'{"title": "a dog"}'}, "a dog"),
         "label with white space": ({"txt": b"a dog", "cls": b" \n007\r\n"}, "a dog"),
@@ -120,18 +123,28 @@ def _shards() -> dict[str, Entries]:
     return {
         "absolute path": Entries([("/etc/a.png", PNG)], {}, [("/etc/a.png", outside)]),
         "path that climbs": Entries([("x/../../b.png", PNG)], {}, [("x/../../b.png", outside)]),
-        "path that climbs by a pax header": Entries([pax({"path": b"../c.png"}), ("c.png", PNG)], {}, [("../c.png", outside)]),  # noqa: E501  # fmt: skip
+        "path that climbs by a pax header": Entries(
+            [pax({"path": b"../c.png"}), ("c.png", PNG)], {}, [("../c.png", outside)]
+        ),  # noqa: E501  # fmt: skip
         "link": Entries([link], {}, [("link.png", "entry-is-link")]),
         "hard link": Entries([hard], {}, [("hard.png", "entry-is-link")]),
-        "hard link with a size": Entries([sized, ("behind.png", PNG)], {"behind": PNG}, [("sized.png", "entry-is-link")]),  # noqa: E501  # fmt: skip
+        "hard link with a size": Entries(
+            [sized, ("behind.png", PNG)], {"behind": PNG}, [("sized.png", "entry-is-link")]
+        ),  # noqa: E501  # fmt: skip
         "character device": Entries([special("c.dev.png", tarfile.CHRTYPE)], {}, [("c.dev.png", "entry-is-device")]),
         "block device": Entries([special("b.dev.png", tarfile.BLKTYPE)], {}, [("b.dev.png", "entry-is-device")]),
         "pipe": Entries([special("pipe.png", tarfile.FIFOTYPE)], {}, [("pipe.png", "entry-is-device")]),
-        "folders": Entries([special("f/", tarfile.DIRTYPE), special("g.png", tarfile.DIRTYPE), ("f/a.png", PNG)], {"f/a": PNG}),  # noqa: E501  # fmt: skip
+        "folders": Entries(
+            [special("f/", tarfile.DIRTYPE), special("g.png", tarfile.DIRTYPE), ("f/a.png", PNG)], {"f/a": PNG}
+        ),  # noqa: E501  # fmt: skip
         "sparse": Entries([_sparse(0)], {}, [("sparse0.png", "entry-is-sparse")]),
-        "sparse with a long map": Entries([_sparse(3), ("h.png", PNG)], {"h": PNG}, [("sparse3.png", "entry-is-sparse")]),  # noqa: E501  # fmt: skip
+        "sparse with a long map": Entries(
+            [_sparse(3), ("h.png", PNG)], {"h": PNG}, [("sparse3.png", "entry-is-sparse")]
+        ),  # noqa: E501  # fmt: skip
         "global pax header": Entries([_global(), ("i.png", PNG)], {"i": PNG}),
-        "a pax size": Entries([pax({"size": b"%d" % len(PNG)}), with_size_field(("j.png", PNG), b"00000000000\0")], {"j": PNG}),  # noqa: E501  # fmt: skip
+        "a pax size": Entries(
+            [pax({"size": b"%d" % len(PNG)}), with_size_field(("j.png", PNG), b"00000000000\0")], {"j": PNG}
+        ),  # noqa: E501  # fmt: skip
         "a binary size": Entries([with_size_field(("k.png", PNG), b"\x80" + len(PNG).to_bytes(11, "big"))], {"k": PNG}),
         "a size after blanks": Entries([with_size_field(("l.png", PNG), b"%11o " % len(PNG))], {"l": PNG}),
         "duplicate key": Entries([("m.png", PNG), ("m.png", WEBP)], {"m": PNG}, [("m", "key-duplicate")]),
@@ -140,18 +153,25 @@ def _shards() -> dict[str, Entries]:
         "key with dots in its folder": Entries([("v1.2/p.png", PNG)], {"v1.2/p": PNG}),
         "key before the first dot": Entries([("q.seg.png", PNG)], {}),
         "no extension, dot files, AppleDouble, others": Entries(
-            [("README", b"-"), (".DS_Store", b"-"), ("._r.png", b"\0\5\x16\7"), ("r.npy", b"-"), ("r.png", PNG)], {"r": PNG}
+            [("README", b"-"), (".DS_Store", b"-"), ("._r.png", b"\0\5\x16\7"), ("r.npy", b"-"), ("r.png", PNG)],
+            {"r": PNG},
         ),
         "extensions in any case": Entries(
             [("s.JPG", JPEG), ("t.Jpeg", JPEG), ("u.PNG", PNG), ("v.WebP", WEBP)],
             {"s": JPEG, "t": JPEG, "u": PNG, "v": WEBP},
         ),
         "extension of another format": Entries([("w.jpg", PNG), ("x.png", JPEG)], {"w": PNG, "x": JPEG}),
-        "a name of 5,000 bytes (pax)": Entries([pax({"path": _long("y", 5000).encode()}), ("-", PNG)], {_long("y", 5000)[:-4]: PNG}),  # noqa: E501  # fmt: skip
-        "a name of 5,000 bytes (GNU)": Entries([_gnu_long(_long("z", 5000).encode()), ("-", PNG)], {_long("z", 5000)[:-4]: PNG}),  # noqa: E501  # fmt: skip
+        "a name of 5,000 bytes (pax)": Entries(
+            [pax({"path": _long("y", 5000).encode()}), ("-", PNG)], {_long("y", 5000)[:-4]: PNG}
+        ),  # noqa: E501  # fmt: skip
+        "a name of 5,000 bytes (GNU)": Entries(
+            [_gnu_long(_long("z", 5000).encode()), ("-", PNG)], {_long("z", 5000)[:-4]: PNG}
+        ),  # noqa: E501  # fmt: skip
         "a name that is no UTF-8": Entries([(os.fsdecode(b"caf\xe9.png"), PNG)], {"caf\\xe9": PNG}),
         "a hostile name": Entries([pax({"path": hostile.encode()}), ("-", PNG)], {HOSTILE: PNG}),  # noqa: E501  # fmt: skip
-        "a hostile name that is listed": Entries([pax({"path": b"/" + hostile.encode()}), ("-", PNG)], {}, [("/" + hostile, outside)]),  # noqa: E501  # fmt: skip
+        "a hostile name that is listed": Entries(
+            [pax({"path": b"/" + hostile.encode()}), ("-", PNG)], {}, [("/" + hostile, outside)]
+        ),  # noqa: E501  # fmt: skip
         "a pax header of 100,000 attributes": Entries([_many_attributes(), ("zz.png", PNG)], {"zz": PNG}),
     }
 
@@ -333,16 +353,28 @@ def _become_folder(extension: str) -> Callable[[Path], None]:
 _FIELDS = {"png": "image", "txt": "caption", "json": "metadata", "cls": "label"}
 
 FOLDERS = {
-    "folder: a link to nothing": InFolder(lambda f: (f / "a.png").symlink_to("no"), {"ok": ""}, [("a.png", "entry-is-link")]),  # noqa: E501  # fmt: skip
-    "folder: a link to itself": InFolder(lambda f: (f / "a.png").symlink_to("a.png"), {"ok": ""}, [("a.png", "entry-is-link")]),  # noqa: E501  # fmt: skip
-    "folder: a link to a folder": InFolder(lambda f: (f / "a").symlink_to("/etc"), {"ok": ""}, [("a", "entry-is-link")]),  # noqa: E501  # fmt: skip
-    "folder: a link inside": InFolder(lambda f: [(f / f"a.{e}").symlink_to(f"ok.{e}") for e in _FIELDS], {"a": "", "ok": ""}),  # noqa: E501  # fmt: skip
+    "folder: a link to nothing": InFolder(
+        lambda f: (f / "a.png").symlink_to("no"), {"ok": ""}, [("a.png", "entry-is-link")]
+    ),  # noqa: E501  # fmt: skip
+    "folder: a link to itself": InFolder(
+        lambda f: (f / "a.png").symlink_to("a.png"), {"ok": ""}, [("a.png", "entry-is-link")]
+    ),  # noqa: E501  # fmt: skip
+    "folder: a link to a folder": InFolder(
+        lambda f: (f / "a").symlink_to("/etc"), {"ok": ""}, [("a", "entry-is-link")]
+    ),  # noqa: E501  # fmt: skip
+    "folder: a link inside": InFolder(
+        lambda f: [(f / f"a.{e}").symlink_to(f"ok.{e}") for e in _FIELDS], {"a": "", "ok": ""}
+    ),  # noqa: E501  # fmt: skip
     "folder: a pipe": InFolder(lambda f: os.mkfifo(f / "a.png"), {"ok": ""}, [("a.png", "entry-is-device")]),
     "folder: a socket": InFolder(_socket, {"ok": ""}, [("socket.png", "entry-is-device")]),
     "folder: an empty image": InFolder(lambda f: (f / "ok.png").write_bytes(b""), {"ok": "image-empty"}),
     "folder: a folder named as an image": InFolder(lambda f: (f / "a.png").mkdir(), {"ok": ""}),
-    "folder: a caption alone": InFolder(lambda f: (f / "a.txt").write_bytes(b"-"), {"ok": ""}, [("a", "image-missing")]),  # noqa: E501  # fmt: skip
-    "folder: two images of a key": InFolder(lambda f: (f / "ok.webp").write_bytes(WEBP), {"ok": ""}, [("ok", "key-duplicate")]),  # noqa: E501  # fmt: skip
+    "folder: a caption alone": InFolder(
+        lambda f: (f / "a.txt").write_bytes(b"-"), {"ok": ""}, [("a", "image-missing")]
+    ),  # noqa: E501  # fmt: skip
+    "folder: two images of a key": InFolder(
+        lambda f: (f / "ok.webp").write_bytes(WEBP), {"ok": ""}, [("ok", "key-duplicate")]
+    ),  # noqa: E501  # fmt: skip
     "folder: hidden files": InFolder(lambda f: (f / "._ok.png").write_bytes(b"\0\5\x16\7"), {"ok": ""}),
     **{
         f"folder: {field} a link out of it": InFolder(_link_out(extension), {"ok": f"{field}-path-outside"})

@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import struct
-import zlib
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+from odd_files import encode, oriented, picture, png
 from triscale.data.decode import decode_image, fit_square, image_extension
 from triscale.data.samples import BadSample
-
-
-def encode(image: Image.Image, form: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
-
-
-def picture(height: int = 24, width: int = 36) -> np.ndarray:
-    """A smooth picture without any symmetry, uint8 (h, w, 3)."""
-    y, x = np.mgrid[0:height, 0:width]
-    return np.stack([x * 255 // width, y * 255 // height, (x + 2 * y) * 255 // (width + 2 * height)], -1).astype(
-        np.uint8
-    )
-
-
-def chunk(name: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-
-def png(width: int, height: int, depth: int, colour: int, rows: bytes, extra: bytes = b"") -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
 
 
 def reason_for(data: bytes, **options) -> str:
@@ -144,20 +117,7 @@ def test_cmyk_jpegs_which_hold_inverted_ink_come_out_in_their_colours(adobe: boo
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 def test_exif_orientation_is_undone(orientation: int, form: str) -> None:
     seen = picture()
-    # How a camera stores the picture that is to be seen, by EXIF 2.3 table 6: where row 0 and column 0 lie.
-    stored = {
-        1: seen,
-        2: seen[:, ::-1],
-        3: seen[::-1, ::-1],
-        4: seen[::-1],
-        5: seen.transpose(1, 0, 2),
-        6: np.rot90(seen, 1),
-        7: seen[::-1, ::-1].transpose(1, 0, 2),
-        8: np.rot90(seen, -1),
-    }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encode(Image.fromarray(np.ascontiguousarray(stored)), form, exif=exif, lossless=True, quality=95)
+    data = oriented(seen, orientation, form)
     decoded = decode_image(data)
     assert decoded.shape == seen.shape
     assert np.abs(decoded.astype(int) - seen).mean() < (3 if form == "JPEG" else 1e-9)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import tarfile
@@ -14,31 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from odd_files import special, tar_bytes
 from triscale.data import shards
 from triscale.data.samples import BadSample
 from triscale.data.shards import open_shards
 from triscale.errors import RunError, UsageError
-
-Entry = tuple[str, bytes]
-
-
-def tar_bytes(entries: list[Entry | tarfile.TarInfo], form: int = tarfile.USTAR_FORMAT) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=form) as tar:
-        for entry in entries:
-            if isinstance(entry, tarfile.TarInfo):
-                tar.addfile(entry)
-            else:
-                header = tarfile.TarInfo(entry[0])
-                header.size = len(entry[1])
-                tar.addfile(header, io.BytesIO(entry[1]))
-    return file.getvalue()
-
-
-def special(name: str, kind: bytes) -> tarfile.TarInfo:
-    header = tarfile.TarInfo(name)
-    header.type, header.linkname = kind, "/etc/passwd"
-    return header
 
 
 @pytest.fixture

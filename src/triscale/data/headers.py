@@ -35,7 +35,7 @@ def _jpeg_frame(data: bytes) -> int:
 
 
 def webp_pixels(data: bytes) -> int:
-    """Width times height by the header of a WebP file (RFC 9649), whose decoder allocates them at once; 0 if unknown."""
+    """Width times height by the header of a WebP file (RFC 9649), whose decoder allocates them at once; or 0."""
     kind = data[12:16]
     if len(data) < 30:
         return 0
