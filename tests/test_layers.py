@@ -19,7 +19,7 @@ errors randomness distributed
 data: __init__ settings samples permutation shuffle order distinct paths entries tar files shard_index shards cache
 data: remote headers decode augment lists captions text folders tables csv_rows parquet hub drawing scene_words scenes
 data: sources quarantine workers indexing stats stats_page rows ids loader mixture pack
-models: __init__ settings normalisation image text projection dual_encoder presets prompts
+models: __init__ settings presets normalisation coatnet image text hf_text projection dual_encoder prompts
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps
 losses: dense tiled contrastive info_nce sigmoid nt_xent classification __init__
 training: __init__ settings host_memory parallel memory plan recovery remat batch_norm compilation staging lane step
@@ -34,7 +34,7 @@ __init__ __main__
 """
 
 # Imported by settings files, so that the command line answers at once and a recipe is read without a device in sight.
-WITHOUT_TORCH = ("config", "recipes", "data.settings", "models.settings", "training.settings", "evaluation.settings")
+WITHOUT_TORCH = ("config", "recipes", "data.settings", "models.settings", "models.presets", "training.settings", "evaluation.settings")
 
 # Usable in anyone's own program, so they need only these and the standard library.
 USABLE_ALONE = ("losses", "training.step", "models.image", "models.text", "models.projection", "models.dual_encoder")

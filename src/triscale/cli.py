@@ -91,14 +91,20 @@ def _parse(kind: type[T], arguments: Sequence[str], prog: str, description: str,
 
 def _recipe_config(command: str, arguments: Sequence[str]) -> tuple[RunConfig, str]:
     """The config of `triscale COMMAND RECIPE --section.field value ...` or `... --config FILE ...`, and its name."""
-    from triscale.config import RunConfig, read_config
+    from triscale.config import RunConfig, read_config, with_preset
+    from triscale.models.presets import PRESETS
     from triscale.recipes import RECIPES
 
-    usage = f"usage: triscale {command} RECIPE [--section.field value ...]  or  triscale {command} --config FILE [...]"
+    usage = (
+        f"usage: triscale {command} RECIPE [--preset NAME] [--section.field value ...]  or  "
+        f"triscale {command} --config FILE [...]"
+    )
+    arguments, preset = _take_option(arguments, "--preset")
     if not arguments or arguments[0] in ("-h", "--help"):
         rows = "\n".join(f"  {name:<12} {_first_line(recipe.__doc__)}" for name, recipe in RECIPES.items())
         help_text = (
-            f"{usage}\n\nRecipes:\n{rows}\n\ntriscale {command} RECIPE --help lists the fields with their values."
+            f"{usage}\n\nRecipes:\n{rows}\n\nPresets, towers that take the place of a recipe's: {', '.join(PRESETS)}\n\n"
+            f"triscale {command} RECIPE --help lists the fields with their values."
         )
         if not arguments:
             raise UsageError(f"which recipe? There are {', '.join(RECIPES)}")
@@ -113,6 +119,7 @@ def _recipe_config(command: str, arguments: Sequence[str]) -> tuple[RunConfig, s
         name, rest = arguments[0], arguments[1:]
         recipe = _choose(RECIPES, name, "recipe")
         default, description = recipe(), recipe.__doc__ or ""
+    default = with_preset(default, preset) if preset else default
     return _parse(RunConfig, rest, f"triscale {command} {name}", description, default), name
 
 
@@ -163,7 +170,7 @@ def _take_option(arguments: Sequence[str], option: str) -> tuple[list[str], str]
         if argument == option or argument.startswith(f"{option}="):
             value = argument.partition("=")[2] or next(remaining, "")
             if not value:
-                raise UsageError(f"{option} needs a file name")
+                raise UsageError(f"{option} needs a value")
         else:
             rest.append(argument)
     return rest, value

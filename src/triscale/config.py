@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from triscale.data.settings import DataSettings, train_sources
 from triscale.errors import UsageError
+from triscale.models.presets import find_preset
 from triscale.models.settings import ModelSettings
 from triscale.training.settings import (
     BatchSettings,
@@ -118,6 +119,21 @@ def read_config(path: str | Path) -> RunConfig:
     return from_dict(RunConfig, {name: value for name, value in values.items() if name != "recipe"})
 
 
+def with_preset(config: RunConfig, name: str) -> RunConfig:
+    """The config with a preset's towers and what they ask of the data: size of images, tokens, vocabulary.
+
+    A config.json then holds all of it, so that a run and its resumes do not depend on the preset's name.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    preset = find_preset(name)
+    data = dataclasses.replace(
+        config.data, image_size=preset.image_size, canvas=0, tokens=preset.tokens, vocabulary=preset.vocabulary
+    )
+    return dataclasses.replace(config, model=preset.model, data=data)
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as "section.field" to value."""
     flat: dict[str, Any] = {}
@@ -173,6 +189,8 @@ def validate(config: RunConfig) -> None:
     for name in ("model.dropout", "model.drop_path"):
         if not 0 <= values[name] < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {values[name]}: it must be at least 0 and below 1")
+    if min(config.model.image_std) <= 0:
+        raise UsageError(f"--model.image-std is {config.model.image_std}: each must be above 0")
     if config.loss.logit_scale <= 0:
         raise UsageError(f"--loss.logit-scale is {config.loss.logit_scale}: it must be above 0")
     if config.model.text_width % config.model.text_heads:

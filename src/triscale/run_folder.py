@@ -17,7 +17,7 @@ from triscale import __version__, distributed
 from triscale.config import RunConfig, read_config, refuse_changes, to_dict
 from triscale.errors import RunError, UsageError
 from triscale.evaluation.suite import Results
-from triscale.models.image import MEAN, STD
+from triscale.models.hf_text import self_contained
 from triscale.training.plan import LanePlan
 from triscale.training.step import ContrastiveStep
 
@@ -116,15 +116,15 @@ def preprocess(config: RunConfig) -> dict[str, Any]:
     return {
         "image_size": config.data.image_size,
         "fit": config.data.fit,
-        "mean": MEAN,
-        "std": STD,
+        "mean": config.model.image_mean,
+        "std": config.model.image_std,
     }
 
 
 def resolved(config: RunConfig, vocabulary: int, step: ContrastiveStep) -> dict[str, Any]:
     """What a run became: everything that loading it or repeating it needs, "auto" replaced by numbers."""
     return {
-        "model": to_dict(config.model),
+        "model": to_dict(self_contained(config.model)),
         "data": to_dict(config.data),
         "vocabulary": vocabulary,
         "tokens": config.data.tokens,

@@ -72,6 +72,26 @@ def test_batch_norm_of_vectors_becomes_layer_norm(affine: bool, rng: torch.Gener
     assert len(list(norm.parameters())) == 2 * affine
 
 
+def test_layer_norm_is_over_the_channels_of_each_place(rng: torch.Generator) -> None:
+    x = torch.randn(3, 16, 4, 4, dtype=torch.float64, generator=rng)
+    plain, active = nn.BatchNorm2d(16, eps=1e-3).double(), BatchNormAct2d(16, act_layer=nn.SiLU, dtype=torch.float64)
+    for layer in (plain, active):
+        nn.init.normal_(layer.weight, generator=rng)
+        nn.init.normal_(layer.bias, generator=rng)
+    for layer, after in ((plain, lambda y: y), (active, F.silu)):
+        expected = F.layer_norm(x.movedim(1, -1), (16,), layer.weight, layer.bias, layer.eps).movedim(-1, 1)
+        torch.testing.assert_close(convert_batch_norm(layer, "layer_norm")(x), after(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_in_coatnet_layer_norm_gives_what_timm_builds_with_it() -> None:
+    sizes = {"embed_dim": (16, 24, 32, 32), "depths": (1, 1, 1, 1), "stem_width": 8, "head_hidden_size": 32}
+    converted = convert_batch_norm(timm.create_model("coatnet_0_224", num_classes=0, **sizes), "layer_norm")
+    built = timm.create_model("coatnet_0_224", num_classes=0, conv_norm_layer="layernorm2d", **sizes)
+    built.load_state_dict(converted.state_dict())
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(converted.eval()(images), built.eval()(images), rtol=1e-4, atol=1e-5)
+
+
 def test_it_works_without_values() -> None:
     with torch.device("meta"):
         tower = convert_batch_norm(timm.create_model("resnet10t", num_classes=4))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from triscale.errors import UsageError
 from triscale.models.settings import ModelSettings
-from triscale.models.text import Block, TextTower, build_text_tower, pack_tokens
+from triscale.models.text import Block, Pooling, TextTower, build_text_tower, pack_tokens
 from triscale.training.memory import activation_bytes
 
 VOCABULARY, TOKENS, WIDTH, HEADS, EMBEDDING = 50, 12, 32, 4, 24
@@ -58,6 +58,50 @@ def test_the_tower_is_the_mean_of_the_top_layer_over_real_tokens(tower: TextTowe
     tokens = rows_of([1, 5, TOKENS], TOKENS)
     expected = torch.stack([literal(tower, row) for row in tokens])
     torch.testing.assert_close(tower(tokens), expected, rtol=1e-12, atol=1e-12)
+
+
+def literal_clip(tower: TextTower, row: Tensor) -> Tensor:
+    """One row through a causal tower as CLIP's code has it: every token of the row, a mask of minus infinity."""
+    x = tower.token_embedding.weight[row] + tower.position_embedding[: len(row)]
+    mask = torch.full((len(row), len(row)), -torch.inf, dtype=x.dtype).triu(1)
+    for block in tower.blocks:
+        q, k, v = (part.chunk(HEADS, dim=1) for part in block.attention.qkv(block.attention_norm(x)).chunk(3, dim=1))
+        heads = [torch.softmax(q[h] @ k[h].T / (WIDTH // HEADS) ** 0.5 + mask, dim=1) @ v[h] for h in range(HEADS)]
+        x = x + block.attention.out(torch.cat(heads, dim=1))
+        hidden = block.mlp[0](block.mlp_norm(x))
+        x = x + block.mlp[2](hidden * torch.sigmoid(1.702 * hidden))
+    return tower.norm(x)[row.argmax()] @ tower.projection.weight.T
+
+
+def test_pooled_at_its_last_token_the_tower_is_clips_with_words_of_id_0_and_whatever_follows_the_end() -> None:
+    settings = ModelSettings(
+        text_width=WIDTH,
+        text_layers=3,
+        text_heads=HEADS,
+        embedding=EMBEDDING,
+        text_pooling="last",
+        text_activation="quick_gelu",
+    )
+    tower = build_text_tower(settings, vocabulary=VOCABULARY, tokens=TOKENS).double()
+    end = VOCABULARY - 1
+    rows = [[48, 0, 7, 0, 0, end], [48, end, 0, 0, 3, 0], [1, 2, 3, 4, 5, end]]
+    tokens = torch.tensor(rows)
+    expected = torch.stack([literal_clip(tower, row) for row in tokens])
+    torch.testing.assert_close(tower(tokens), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_pooled_at_its_first_token_the_tower_embeds_the_state_there() -> None:
+    settings = ModelSettings(text_width=WIDTH, text_heads=HEADS, embedding=EMBEDDING, text_pooling="first")
+    tower = build_text_tower(settings, vocabulary=VOCABULARY, tokens=TOKENS).double()
+    states: list[Tensor] = []
+    tower.norm.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
+    tokens = rows_of([2, 9, 4], TOKENS)
+    pooled = tower(tokens)
+    seen: list[Tensor] = []
+    tower.blocks[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    tower(tokens)
+    torch.testing.assert_close(states[0], seen[0][[0, 2, 11]], rtol=0, atol=0)
+    torch.testing.assert_close(pooled, tower.projection(tower.norm(states[0])), rtol=1e-12, atol=1e-12)
 
 
 def test_padding_further_changes_neither_embeddings_nor_gradients(tower: TextTower) -> None:
@@ -121,13 +165,17 @@ def test_dropout_is_random_in_training_and_absent_in_evaluation() -> None:
     assert torch.equal(tower(tokens), tower(tokens))
 
 
-def test_on_the_meta_device_shapes_and_activation_bytes_are_those_of_full_rows() -> None:
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+def test_on_the_meta_device_shapes_and_activation_bytes_are_those_of_full_rows(pooling: Pooling) -> None:
     """With the fused attention of devices, where torch would write it out on meta, with the scores of all tokens."""
-    settings = ModelSettings(text_width=32, text_layers=2, text_heads=4, embedding=8, dropout=0.2, drop_path=0.2)
+    settings = ModelSettings(
+        text_width=32, text_layers=2, text_heads=4, embedding=8, dropout=0.2, drop_path=0.2, text_pooling=pooling
+    )
     shapes, sizes = [], []
     for device in ("cpu", "meta"):
         tower = build_text_tower(settings, vocabulary=VOCABULARY, tokens=TOKENS).to(device)
-        tokens = rows_of([TOKENS] * 5, TOKENS).to(device)
+        tokens = rows_of([TOKENS - 1] * 5, TOKENS - 1).clamp(max=VOCABULARY - 2)
+        tokens = F.pad(tokens, (0, 1), value=VOCABULARY - 1).to(device)  # the end has the highest id
         shapes.append(tower(tokens).shape)
         sizes.append(activation_bytes(tower, lambda tower=tower, tokens=tokens: tower(tokens), tokens))
     assert shapes == [(5, 8)] * 2

@@ -48,7 +48,7 @@ def vit() -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    return build_image_tower(dataclasses.replace(PRESETS["cpu-tiny"], embedding=EMBEDDING), 32)
+    return build_image_tower(dataclasses.replace(PRESETS["cpu-tiny"].model, embedding=EMBEDDING), 32)
 
 
 def convnext() -> nn.Module:

@@ -1,4 +1,4 @@
-"""Towers that the step's benchmarks run, with random inputs: a ViT, the same by open_clip, or a recipe's own."""
+"""Towers that the step's benchmarks run, with random inputs: a ViT, the same by open_clip, a preset's or a recipe's."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from triscale.assembly import make_model
 from triscale.bench import peers
+from triscale.config import RunConfig, with_preset
 from triscale.errors import UsageError
 from triscale.models.dual_encoder import build_dual_encoder
+from triscale.models.presets import PRESETS
 from triscale.models.settings import ModelSettings
 from triscale.recipes import RECIPES
 from triscale.training.lane import device_of, seeded
+from triscale.training.settings import BatchSettings
 
 COUNTED_ROWS = 8
 
@@ -154,9 +157,8 @@ def open_clip(shape: Shape) -> Workload:
     return Workload(towers={"image": model.visual, "text": model.text}, draw=draw)
 
 
-def of_recipe(name: str) -> Workload:
-    """The towers of a recipe without dropout and stochastic depth, its vocabulary full."""
-    config = RECIPES[name]()
+def of_config(config: RunConfig) -> Workload:
+    """The towers of a config without dropout and stochastic depth, its vocabulary full."""
     config = replace(config, model=replace(config.model, dropout=0.0, drop_path=0.0))
     model, _ = make_model(config, config.data.vocabulary)
     data = config.data
@@ -165,19 +167,27 @@ def of_recipe(name: str) -> Workload:
     return Workload(towers=model.towers(), draw=draw, batch_norm=statistics)
 
 
+def of_preset(name: str) -> Workload:
+    """The towers of a preset; BatchNorm takes its statistics from micro-batches."""
+    return of_config(with_preset(RunConfig(batch=BatchSettings(batch_norm="per_micro_batch")), name))
+
+
 BUILT: dict[str, Callable[[], Workload]] = {
     "vit-tiny": partial(vit, TINY),
     "vit-b16": partial(vit, B16),
     "open-clip": partial(open_clip, TINY),
     "open-clip-b16": partial(open_clip, B16),
 }
-NAMES = (*BUILT, *RECIPES)
+NAMES = (*BUILT, *PRESETS, *RECIPES)
 
 
 def make_workload(name: str, device: torch.device) -> Workload:
     """The towers of that name with seeded weights, in training mode without randomness."""
     with seeded(0, torch.device("cpu")):
-        workload = BUILT[name]() if name in BUILT else of_recipe(name)
+        if name in BUILT:
+            workload = BUILT[name]()
+        else:
+            workload = of_preset(name) if name in PRESETS else of_config(RECIPES[name]())
     for tower in workload.towers.values():
         tower.to(device).train()
     return workload

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable
+
 from torch import nn
 
 from triscale.errors import UsageError
+from triscale.models.hf_text import SCHEME, HuggingFaceText, build_hugging_face_text
 from triscale.models.image import ImageTower, build_image_tower
 from triscale.models.settings import ModelSettings
 from triscale.models.text import TextTower, build_text_tower
+
+TEXT_TOWERS: dict[str, Callable[..., TextTower | HuggingFaceText]] = {
+    "transformer": build_text_tower,
+    SCHEME: build_hugging_face_text,
+}
+"""What `ModelSettings.text` says, up to a colon, to what builds the text tower."""
 
 
 class DualEncoder(nn.Module):
@@ -17,7 +27,7 @@ class DualEncoder(nn.Module):
     a lane of `ContrastiveStep`, with its own micro-batch.
     """
 
-    def __init__(self, image: ImageTower, text: TextTower) -> None:
+    def __init__(self, image: ImageTower, text: TextTower | HuggingFaceText) -> None:
         super().__init__()
         self.image = image
         self.text = text
@@ -45,5 +55,10 @@ def build_dual_encoder(settings: ModelSettings, *, image_size: int, vocabulary: 
     for name, probability in {"dropout": settings.dropout, "drop-path": settings.drop_path}.items():
         if not 0 <= probability < 1:
             raise UsageError(f"--model.{name} is {probability}; it must be at least 0 and below 1")
+    scheme = settings.text.partition(":")[0]
+    if scheme not in TEXT_TOWERS:
+        near = difflib.get_close_matches(scheme, TEXT_TOWERS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it is transformer or {SCHEME}:NAME"
+        raise UsageError(f"--model.text {settings.text!r} is no text tower: {hint}")
     image = build_image_tower(settings, image_size)
-    return DualEncoder(image, build_text_tower(settings, vocabulary=vocabulary, tokens=tokens))
+    return DualEncoder(image, TEXT_TOWERS[scheme](settings, vocabulary=vocabulary, tokens=tokens))

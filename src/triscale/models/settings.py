@@ -5,23 +5,48 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+MEAN: tuple[float, float, float] = (0.485, 0.456, 0.406)
+"""Mean of red, green and blue over ImageNet, in [0, 1]."""
+STD: tuple[float, float, float] = (0.229, 0.224, 0.225)
+"""Their standard deviation."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """A dual encoder: an image tower of timm and BASIC's text transformer, each with a linear projection."""
+    """A dual encoder: an image tower of timm and a text tower, each with a linear projection."""
 
     image: str = "resnet18"
-    """Any timm model name."""
+    """Any timm model name; coatnet_7_224 besides."""
     image_options: str = "{}"
     """Keyword arguments of timm.create_model, as JSON."""
-    batch_norm: Literal["keep", "convert"] = "keep"
-    """BatchNorm of the image tower: as it is, or converted to GroupNorm, which knows no batch."""
+    batch_norm: Literal["keep", "group_norm", "layer_norm"] = "keep"
+    """BatchNorm of the image tower: as it is, or replaced by GroupNorm, or by LayerNorm over the channels of each place;
+    neither knows a batch."""
+    image_mean: tuple[float, float, float] = MEAN
+    """Mean of red, green and blue, in [0, 1], that images are normalised by."""
+    image_std: tuple[float, float, float] = STD
+    """Their standard deviation."""
+    image_projection_bias: bool = False
+    """Whether the image tower's projection adds a bias, as CLIP's ResNets do."""
+    text: str = "transformer"
+    """The text tower: "transformer", or "hf:NAME", an encoder of Hugging Face transformers: a model of the hub, a folder,
+    or a kind of model such as bert. For "transformer" stand `text_width`, `text_layers`, `text_heads` and
+    `text_activation`."""
+    text_options: str = "{}"
+    """Fields of a Hugging Face encoder's configuration to set, as JSON."""
+    text_weights: Literal["random", "pretrained"] = "random"
+    """Whether a Hugging Face encoder begins with the weights that come with its configuration."""
     text_width: int = 256
     """Width of the text transformer."""
     text_layers: int = 4
     """Blocks of the text transformer."""
     text_heads: int = 4
     """Attention heads of each block; must divide `text_width`."""
+    text_activation: Literal["gelu", "quick_gelu"] = "gelu"
+    """Activation of the text transformer's MLPs; "quick_gelu" is OpenAI's."""
+    text_pooling: Literal["mean", "first", "last"] = "mean"
+    """Which of the top layer's tokens are embedded: the mean of all, the first, or the last, the end-of-text token; for
+    "last" a token attends to those before it alone, as in CLIP."""
     embedding: int = 256
     """Width d of the embeddings that both towers give."""
     dropout: float = 0.0

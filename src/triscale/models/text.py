@@ -1,7 +1,8 @@
-"""BASIC's text tower: a bidirectional pre-norm transformer whose top layer is averaged over the real tokens.
+"""Text transformers: BASIC's bidirectional one, whose real tokens are averaged, and CLIP's causal one.
 
-Source: *Combined Scaling for Zero-shot Transfer Learning* (arXiv 2111.10050), section on models; initialisation as
-CLIP's (arXiv 2103.00020, `CLIP.initialize_parameters` of its code).
+Sources: *Combined Scaling for Zero-shot Transfer Learning* (arXiv 2111.10050), section on models; *Learning Transferable
+Visual Models From Natural Language Supervision* (CLIP, arXiv 2103.00020), section 2.4 and, for the initialisation,
+`CLIP.initialize_parameters` of its code. Both are pre-norm transformers with learned positions.
 
 Captions are much shorter than a token row, so only real tokens are computed: they stand packed, one after another, and
 take their places in padded rows for the attention product alone.
@@ -11,7 +12,7 @@ Shapes: m rows of l tokens, t real tokens in all of them, w width, d embedding.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from triscale.errors import UsageError
 from triscale.models.settings import ModelSettings
 
 PAD = 0
+Pooling = Literal["mean", "first", "last"]
 
 
 class Packing(NamedTuple):
@@ -37,6 +39,12 @@ class Packing(NamedTuple):
         """Each token's row."""
         return self.places // self.attended.shape[1]
 
+    @property
+    def counts(self) -> Int64[Tensor, " m"]:
+        """Tokens of each row; all of it on the meta device, whose rows are taken to be full."""
+        counts = self.attended.sum(dim=1)
+        return torch.full_like(counts, self.attended.shape[1]) if counts.is_meta else counts
+
     def unpack(self, x: Float[Tensor, "t c"]) -> Float[Tensor, "m l c"]:
         """Put packed tokens in their places, zeros elsewhere."""
         m, columns = self.attended.shape
@@ -47,13 +55,22 @@ class Packing(NamedTuple):
         return x.flatten(0, 1).index_select(0, self.places)
 
 
-def pack_tokens(tokens: Int[Tensor, "m l"]) -> Packing:
-    """Pack what is not padding; a row of nothing but padding counts as full, so that its embedding is finite.
+def pack_tokens(tokens: Int[Tensor, "m l"], pooling: Pooling = "mean") -> Packing:
+    """Pack the tokens that a row's embedding depends on.
+
+    For "mean" and "first" that is what is not padding; a row of nothing but padding counts as full, so that its
+    embedding is finite. For "last" it is everything up to the token of the highest id (the first of them), whatever the
+    ids before it: CLIP's end-of-text token has the highest, its id 0 is a word, and causal attention keeps what comes
+    later from the state there.
 
     On the meta device every token counts as real: the most that a batch of this shape can take.
     """
-    real = tokens != PAD
-    attended = real | ~real.any(dim=1, keepdim=True)
+    if pooling == "last":
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        attended = places <= tokens.argmax(dim=1, keepdim=True)
+    else:
+        real = tokens != PAD
+        attended = real | ~real.any(dim=1, keepdim=True)
     if tokens.is_meta:
         return Packing(attended, torch.arange(tokens.numel(), device=tokens.device))
     return Packing(attended, attended.flatten().nonzero().squeeze(1))
@@ -67,12 +84,23 @@ def _linear(inputs: int, outputs: int, std: float) -> nn.Linear:
     return layer
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention over the real tokens of a row."""
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the approximation of GELU (Hendrycks and Gimpel, arXiv 1606.08415) in OpenAI's CLIP."""
 
-    def __init__(self, width: int, heads: int, residual_std: float) -> None:
+    def forward(self, x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Of each element."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the real tokens of a row, or over those up to each token."""
+
+    def __init__(self, width: int, heads: int, residual_std: float, causal: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = _linear(width, 3 * width, std=width**-0.5)
         self.out = _linear(width, width, std=residual_std)
 
@@ -81,21 +109,34 @@ class Attention(nn.Module):
         m, columns = packing.attended.shape
         qkv = packing.unpack(self.qkv(x)).view(m, columns, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.attended[:, None, None, :])
+        if self.causal:  # what is packed is then a row's beginning, and nothing in it sees the rest
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.attended[:, None, None, :])
         return self.out(packing.pack(mixed.transpose(1, 2).flatten(2)))
 
 
 class Block(nn.Module):
-    """Attention and a GELU MLP of ratio 4, each pre-normalised, with dropout and stochastic depth on its branch."""
+    """Attention and an MLP of ratio 4, each pre-normalised, with dropout and stochastic depth on its branch."""
 
-    def __init__(self, width: int, heads: int, residual_std: float, dropout: float, drop_path: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        residual_std: float,
+        dropout: float,
+        drop_path: float,
+        activation: str = "gelu",
+        causal: bool = False,
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, residual_std)
+        self.attention = Attention(width, heads, residual_std, causal)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             _linear(width, 4 * width, std=(2 * width) ** -0.5),
-            nn.GELU(),
+            ACTIVATIONS[activation](),
             _linear(4 * width, width, std=residual_std),
         )
         self.dropout = nn.Dropout(dropout)
@@ -118,8 +159,7 @@ class Block(nn.Module):
 class TextTower(nn.Module):
     """Token rows to embeddings, (m, l) -> (m, d), not normalised.
 
-    Token 0 is padding: it is never attended to nor averaged, so a row's embedding does not depend on how far it is
-    padded. (A row of nothing but padding attends to its padding, so that its embedding is finite.)
+    A row's embedding does not depend on how far it is padded: see `pack_tokens` for what counts as padding.
 
     Args:
         vocabulary: number of token ids.
@@ -128,6 +168,9 @@ class TextTower(nn.Module):
         embedding: d.
         dropout: probability on each residual branch.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+        activation: of the MLPs, a key of `ACTIVATIONS`.
+        pooling: of the top layer, what is embedded: the mean of the real tokens, the first of them, or the last, the
+            end-of-text token, under causal attention.
     """
 
     def __init__(
@@ -141,15 +184,26 @@ class TextTower(nn.Module):
         embedding: int,
         dropout: float = 0.0,
         drop_path: float = 0.0,
+        activation: str = "gelu",
+        pooling: Pooling = "mean",
     ) -> None:
         super().__init__()
+        self.pooling: Pooling = pooling
         # What is added to the residual stream 2*layers times starts smaller by the root of that number.
         residual_std = (2 * layers * width) ** -0.5
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.position_embedding = nn.Parameter(torch.empty(tokens, width))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            Block(width, heads, residual_std, dropout, drop_path * depth / max(layers - 1, 1))
+            Block(
+                width,
+                heads,
+                residual_std=residual_std,
+                dropout=dropout,
+                drop_path=drop_path * depth / max(layers - 1, 1),
+                activation=activation,
+                causal=pooling == "last",
+            )
             for depth in range(layers)
         )
         self.norm = nn.LayerNorm(width)
@@ -164,17 +218,24 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "m l"]) -> Float[Tensor, "m d"]:
         """Embed token rows; l is at most the tower's `tokens`."""
-        packing = pack_tokens(tokens)
+        packing = pack_tokens(tokens, self.pooling)
         words = self.token_embedding(tokens.flatten().index_select(0, packing.places))
         x = self.dropout(words + F.embedding(packing.places % tokens.shape[1], self.position_embedding))
         for block in self.blocks:
             x = block(x, packing)
-        sums = packing.unpack(self.norm(x)).sum(dim=1)
-        return self.projection(sums / packing.attended.sum(dim=1, keepdim=True).to(sums.dtype))
+        return self.projection(self._pool(x, packing))
+
+    def _pool(self, x: Float[Tensor, "t w"], packing: Packing) -> Float[Tensor, "m w"]:
+        """One normalised state a row."""
+        if self.pooling == "mean":
+            sums = packing.unpack(self.norm(x)).sum(dim=1)
+            return sums / packing.counts.unsqueeze(1).to(sums.dtype)
+        ends = packing.counts.cumsum(0)
+        return self.norm(x.index_select(0, ends - (1 if self.pooling == "last" else packing.counts)))
 
 
 def build_text_tower(settings: ModelSettings, *, vocabulary: int, tokens: int) -> TextTower:
-    """The text tower that `settings` describe, freshly initialised from torch's default generator.
+    """The text transformer that `settings` describe, freshly initialised from torch's default generator.
 
     Raises:
         UsageError: a size below 1, heads that do not divide the width, or a probability outside [0, 1).
@@ -196,4 +257,6 @@ def build_text_tower(settings: ModelSettings, *, vocabulary: int, tokens: int) -
         embedding=settings.embedding,
         dropout=settings.dropout,
         drop_path=settings.drop_path,
+        activation=settings.text_activation,
+        pooling=settings.text_pooling,
     )

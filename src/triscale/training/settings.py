@@ -32,7 +32,7 @@ class BatchSettings:
     minutes and tries kernels out; or one per lane: "image=default,text=none". For GPUs; a CPU gains nothing."""
     batch_norm: Literal["refuse", "per_micro_batch", "synchronised"] = "refuse"
     """Towers with BatchNorm under more than one micro-batch: refused; statistics of each process's micro-batch; or of
-    those that all processes compute at the same time. (--model.batch-norm convert does without BatchNorm.)"""
+    those that all processes compute at the same time. (--model.batch-norm layer_norm does without BatchNorm.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
