@@ -6,13 +6,15 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from triscale.cli import main
+from triscale.cli import _recipe_config, main
+from triscale.models.presets import PRESETS
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -47,6 +49,9 @@ def test_help_answers_in_under_half_a_second() -> None:
         (["train", "scenes", "--train.steps", "0"], ["--train.steps"]),
         (["train", "scenes", "--batch.micro", "none"], ["--batch.micro"]),
         (["train", "scenes", "--model.image", "resnet19"], ["resnet19", "resnet18"]),
+        (["train", "scenes", "--preset", "basic-x"], ["basic-x", "did you mean 'basic-"]),
+        (["train", "scenes", "--preset"], ["--preset needs a value"]),
+        (["train", "scenes", "--model.text", "hf-bert"], ["hf-bert"]),
         (["train", "emoji"], ["--data.root"]),
         (["train", "emoji", "--data.root", "/nowhere"], ["/nowhere"]),
         (["train", "--config", "/nowhere.json"], ["/nowhere.json"]),
@@ -91,6 +96,23 @@ def test_a_mistake_gets_one_short_message_and_status_two(
         assert word in err
     assert "Traceback" not in err and len(err.strip().splitlines()) <= 12
     assert not any(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_preset_takes_the_place_of_a_recipes_towers_and_options_that_of_the_presets() -> None:
+    """All of it is in the config, so a resume needs no preset's name."""
+    arguments = ["scenes", "--model.text-layers", "1", "--preset", "cpu-tiny", "--data.tokens", "12"]
+    config, name = _recipe_config("train", arguments)
+    preset = PRESETS["cpu-tiny"]
+    assert name == "scenes"
+    assert config.model == replace(preset.model, text_layers=1)
+    data = config.data
+    assert (data.image_size, data.tokens, data.vocabulary) == (preset.image_size, 12, preset.vocabulary)
+    assert data.train == "scenes"
+
+
+def test_help_of_training_lists_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call(capsys, "train", "--help")
+    assert status == 0 and all(name in out for name in PRESETS)
 
 
 def test_every_field_of_a_recipe_has_help(capsys: pytest.CaptureFixture[str]) -> None:

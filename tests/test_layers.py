@@ -34,7 +34,15 @@ __init__ __main__
 """
 
 # Imported by settings files, so that the command line answers at once and a recipe is read without a device in sight.
-WITHOUT_TORCH = ("config", "recipes", "data.settings", "models.settings", "models.presets", "training.settings", "evaluation.settings")
+WITHOUT_TORCH = (
+    "config",
+    "recipes",
+    "data.settings",
+    "models.settings",
+    "models.presets",
+    "training.settings",
+    "evaluation.settings",
+)
 
 # Usable in anyone's own program, so they need only these and the standard library.
 USABLE_ALONE = ("losses", "training.step", "models.image", "models.text", "models.projection", "models.dual_encoder")

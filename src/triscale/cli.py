@@ -103,7 +103,7 @@ def _recipe_config(command: str, arguments: Sequence[str]) -> tuple[RunConfig, s
     if not arguments or arguments[0] in ("-h", "--help"):
         rows = "\n".join(f"  {name:<12} {_first_line(recipe.__doc__)}" for name, recipe in RECIPES.items())
         help_text = (
-            f"{usage}\n\nRecipes:\n{rows}\n\nPresets, towers that take the place of a recipe's: {', '.join(PRESETS)}\n\n"
+            f"{usage}\n\nRecipes:\n{rows}\n\nPresets of towers, in place of a recipe's: {', '.join(PRESETS)}\n\n"
             f"triscale {command} RECIPE --help lists the fields with their values."
         )
         if not arguments:

@@ -167,7 +167,8 @@ class BenchStepOptions:
     towers: tuple[str, ...] = ("vit-tiny",)
     """Towers: "vit-tiny" (ViT of 6 layers, width 192, patch 8 at 64 pixels; text transformer of the same size over
     32 tokens), "open-clip" (the same from open_clip's own modules), "vit-b16" and "open-clip-b16" (CLIP's ViT-B/16 at
-    224 pixels over 77 tokens), presets such as "clip-vit-b32" (docs/models.md), or recipes. Inputs are random, dropout is off."""
+    224 pixels over 77 tokens), presets such as "clip-vit-b32" (docs/models.md), or recipes. Inputs are random, dropout
+    is off."""
     batches: tuple[int, ...] = (256, 1024, 4096)
     """B: pairs in a step; multiples of the micro-batch."""
     micro: int = 64

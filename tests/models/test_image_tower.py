@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from step_errors import step_errors
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from step_errors import step_errors
 from triscale.errors import UsageError
 from triscale.models.image import ImageTower, build_image_tower
 from triscale.models.settings import ModelSettings
@@ -106,7 +106,11 @@ def test_images_are_normalised_by_the_mean_and_deviation_of_each_channel() -> No
 
 def test_images_are_normalised_as_the_settings_say_and_the_projection_has_a_bias_where_they_say() -> None:
     settings = ModelSettings(
-        image="resnet10t", embedding=16, image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6), image_projection_bias=True
+        image="resnet10t",
+        embedding=16,
+        image_mean=(0.1, 0.2, 0.3),
+        image_std=(0.4, 0.5, 0.6),
+        image_projection_bias=True,
     )
     tower = build_image_tower(settings, 32)
     assert tower.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from step_errors import step_errors
 from torch import nn
 
+from step_errors import step_errors
 from triscale.config import RunConfig, from_dict, to_dict, validate, with_preset
 from triscale.errors import UsageError
 from triscale.models.dual_encoder import build_dual_encoder

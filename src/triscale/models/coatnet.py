@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.layers import NormMlpClassifierHead, get_norm_layer
+from timm.layers.classifier import NormMlpClassifierHead
+from timm.layers.norm import LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
 from timm.models.maxxvit import MaxxVitConvCfg, MaxxVitStage, MaxxVitTransformerCfg, Stem
 from torch import Tensor, nn
@@ -21,8 +22,11 @@ from torch import Tensor, nn
 STRIDES = (2, 2, 2, 1, 2)
 BLOCKS = ("C", "C", "C", "T", "T")
 """timm's letters: MBConv and transformer blocks with relative attention."""
+CONV_NORM_EPS = 1e-5
 
-default_cfgs = generate_default_cfgs({"coatnet_7_224.untrained": {"input_size": (3, 224, 224), "fixed_input_size": True}})
+default_cfgs = generate_default_cfgs(
+    {"coatnet_7_224.untrained": {"input_size": (3, 224, 224), "fixed_input_size": True}}
+)
 
 
 class CoAtNet(nn.Module):
@@ -50,10 +54,8 @@ class CoAtNet(nn.Module):
         super().__init__()
         if not len(embed_dim) == len(depths) == len(STRIDES):
             raise ValueError(f"embed_dim and depths must have {len(STRIDES)} numbers each")
-        conv, transformer = MaxxVitConvCfg(), MaxxVitTransformerCfg(dim_head=dim_head)
-        self.stem = Stem(
-            3, (stem_width, stem_width), act_layer=conv.act_layer, norm_layer=conv.norm_layer, norm_eps=conv.norm_eps
-        )
+        conv, transformer = MaxxVitConvCfg(norm_eps=CONV_NORM_EPS), MaxxVitTransformerCfg(dim_head=dim_head)
+        self.stem = Stem(3, stem_width, act_layer=conv.act_layer, norm_layer=conv.norm_layer, norm_eps=CONV_NORM_EPS)
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         inputs, side = stem_width, img_size // 2
         stages = []
@@ -76,7 +78,7 @@ class CoAtNet(nn.Module):
             inputs = width
         self.stages = nn.Sequential(*stages)
         # The head of timm's CoAtNets, without a classifier: pool, norm, a layer of as many features, tanh.
-        norm = partial(get_norm_layer(transformer.norm_layer), eps=transformer.norm_eps)
+        norm = partial(LayerNorm2d, eps=transformer.norm_eps)
         self.head = NormMlpClassifierHead(inputs, 0, hidden_size=inputs, norm_layer=norm)
         for part in (self.stem, *(block for stage in stages for block in stage.blocks)):
             part.init_weights(scheme="vit_eff")

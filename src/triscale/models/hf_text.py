@@ -173,7 +173,10 @@ def _configuration(settings: ModelSettings) -> Any:
 
 def _encoder(config: Any, settings: ModelSettings) -> nn.Module:
     """The encoder in training mode; without its pooler, whose weights would learn nothing, since states are pooled."""
-    kind = import_module("transformers").MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)]
+    transformers = import_module("transformers")
+    kind = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)]
+    if settings.text_weights == "pretrained" and _name(settings) in transformers.CONFIG_MAPPING:
+        raise UsageError(f"{settings.text} is a kind of model and has no weights: name a model, or leave them random")
     options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
     try:
         if settings.text_weights == "random" or torch.get_default_device().type == "meta":
@@ -190,7 +193,9 @@ def _encoder(config: Any, settings: ModelSettings) -> nn.Module:
         raise UsageError(f"transformers cannot build {settings.text}: {_one_line(error)}") from error
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
-        raise UsageError(f"the weights of {settings.text} lack {len(missing)} tensors of the model, such as {missing[0]}")
+        raise UsageError(
+            f"the weights of {settings.text} lack {len(missing)} tensors of the model, such as {missing[0]}"
+        )
     return encoder.train()
 
 

@@ -161,10 +161,9 @@ def _feature_width(model: nn.Module, name: str, image_size: int) -> int:
         with torch.no_grad():
             features = model.eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
     except Exception as error:
-        made_for = timm.get_pretrained_cfg_value(name, "input_size")[-1]
-        raise UsageError(
-            f"{name} cannot embed images of {image_size} pixels (timm made it for {made_for}): {_one_line(error)}"
-        ) from error
+        made_for = timm.get_pretrained_cfg_value(name, "input_size")
+        hint = f" (timm made it for {made_for[-1]})" if made_for else ""
+        raise UsageError(f"{name} cannot embed images of {image_size} pixels{hint}: {_one_line(error)}") from error
     if not isinstance(features, Tensor) or features.ndim != 2:
         raise UsageError(f"{name} with these options gives no pooled features: leave global_pool as it is")
     return features.shape[1]

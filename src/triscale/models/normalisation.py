@@ -43,7 +43,7 @@ def replace_batch_norm(module: nn.Module, replacement: Callable[[_BatchNorm], nn
 
 
 def convert_batch_norm(module: nn.Module, kind: Literal["group_norm", "layer_norm"] = "group_norm") -> nn.Module:
-    """Replace every BatchNorm of a module by GroupNorm or LayerNorm, in place, so that rows do not depend on each other.
+    """Replace every BatchNorm of a module by GroupNorm or LayerNorm, in place, and rows no longer depend on each other.
 
     Weights and biases, epsilon, device, data type, training mode, and the activation and dropout of timm's
     BatchNormAct2d are kept; running statistics are dropped. Works on the meta device. To be called on a new tower:

@@ -20,8 +20,8 @@ class ModelSettings:
     image_options: str = "{}"
     """Keyword arguments of timm.create_model, as JSON."""
     batch_norm: Literal["keep", "group_norm", "layer_norm"] = "keep"
-    """BatchNorm of the image tower: as it is, or replaced by GroupNorm, or by LayerNorm over the channels of each place;
-    neither knows a batch."""
+    """BatchNorm of the image tower: as it is, or replaced by GroupNorm or by LayerNorm over the channels of each place,
+    which know no batch."""
     image_mean: tuple[float, float, float] = MEAN
     """Mean of red, green and blue, in [0, 1], that images are normalised by."""
     image_std: tuple[float, float, float] = STD
@@ -29,9 +29,8 @@ class ModelSettings:
     image_projection_bias: bool = False
     """Whether the image tower's projection adds a bias, as CLIP's ResNets do."""
     text: str = "transformer"
-    """The text tower: "transformer", or "hf:NAME", an encoder of Hugging Face transformers: a model of the hub, a folder,
-    or a kind of model such as bert. For "transformer" stand `text_width`, `text_layers`, `text_heads` and
-    `text_activation`."""
+    """The text tower: "transformer", whose sizes are told below, or "hf:NAME", an encoder of Hugging Face transformers:
+    a model of the hub, a folder, or a kind of model such as bert."""
     text_options: str = "{}"
     """Fields of a Hugging Face encoder's configuration to set, as JSON."""
     text_weights: Literal["random", "pretrained"] = "random"

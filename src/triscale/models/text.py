@@ -1,8 +1,8 @@
 """Text transformers: BASIC's bidirectional one, whose real tokens are averaged, and CLIP's causal one.
 
-Sources: *Combined Scaling for Zero-shot Transfer Learning* (arXiv 2111.10050), section on models; *Learning Transferable
-Visual Models From Natural Language Supervision* (CLIP, arXiv 2103.00020), section 2.4 and, for the initialisation,
-`CLIP.initialize_parameters` of its code. Both are pre-norm transformers with learned positions.
+Sources: *Combined Scaling for Zero-shot Transfer Learning* (arXiv 2111.10050), section on models; *Learning
+Transferable Visual Models From Natural Language Supervision* (CLIP, arXiv 2103.00020), section 2.4 and, for the
+initialisation, `CLIP.initialize_parameters` of its code. Both are pre-norm transformers with learned positions.
 
 Captions are much shorter than a token row, so only real tokens are computed: they stand packed, one after another, and
 take their places in padded rows for the attention product alone.
