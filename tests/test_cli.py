@@ -107,7 +107,7 @@ def test_a_preset_takes_the_place_of_a_recipes_towers_and_options_that_of_the_pr
     assert config.model == replace(preset.model, text_layers=1)
     data = config.data
     assert (data.image_size, data.tokens, data.vocabulary) == (preset.image_size, 12, preset.vocabulary)
-    assert data.train == "scenes"
+    assert data.train == ("scenes",)
 
 
 def test_help_of_training_lists_presets(capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,9 +89,7 @@ def test_the_document_states_each_presets_parameters(name: str) -> None:
     assert tuple(numbers) == parameters(name)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "clip-rn50" else name for name in PRESETS]
-)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_presets_step_is_exact_in_micro_batches(name: str, rng: torch.Generator) -> None:
     """At reduced depth. BatchNorm, where a preset has it, takes its statistics from micro-batches."""
     preset = reduced(PRESETS[name])

@@ -1,8 +1,8 @@
 """CoAtNet-7 of timm's building blocks, known to timm as `coatnet_7_224`; timm itself has CoAtNet-0 to -5.
 
-Source: Dai et al., *CoAtNet: Marrying Convolution and Attention for All Data Sizes* (arXiv 2106.04803), table 13. Its
-third stage turns from convolutions to transformer blocks of twice the width without a smaller resolution, which none
-of timm's configurations can say.
+Source: Dai et al., *CoAtNet: Marrying Convolution and Attention for All Data Sizes* (arXiv 2106.04803), the largest of
+its models. At a sixteenth of the image's side it turns from convolutions to transformer blocks of twice the width,
+which none of timm's configurations can say: their transformers widen only where they halve the resolution.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class CoAtNet(nn.Module):
 def _keep_resolution(block: nn.Module) -> None:
     """Take the pooling out of a transformer block that halves the resolution: x + attention, x widened by a product.
 
-    timm's blocks widen only where they halve. The paper's equation (7) without its pooling.
+    What is left is the paper's sum, proj(pool(x)) + attention(pool(norm(x))), without its pooling.
     """
     block.get_submodule("shortcut").register_module("pool", nn.Identity())
     block.get_submodule("norm1").register_module("down", nn.Identity())

@@ -44,7 +44,7 @@ class ModelSettings:
     text_activation: Literal["gelu", "quick_gelu"] = "gelu"
     """Activation of the text transformer's MLPs; "quick_gelu" is OpenAI's."""
     text_pooling: Literal["mean", "first", "last"] = "mean"
-    """Which of the top layer's tokens are embedded: the mean of all, the first, or the last, the end-of-text token; for
+    """Which of the top layer's tokens are embedded: the mean of all, the first, or the last (CLIP's end of text); for
     "last" a token attends to those before it alone, as in CLIP."""
     embedding: int = 256
     """Width d of the embeddings that both towers give."""

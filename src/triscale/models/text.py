@@ -58,19 +58,17 @@ class Packing(NamedTuple):
 def pack_tokens(tokens: Int[Tensor, "m l"], pooling: Pooling = "mean") -> Packing:
     """Pack the tokens that a row's embedding depends on.
 
-    For "mean" and "first" that is what is not padding; a row of nothing but padding counts as full, so that its
-    embedding is finite. For "last" it is everything up to the token of the highest id (the first of them), whatever the
-    ids before it: CLIP's end-of-text token has the highest, its id 0 is a word, and causal attention keeps what comes
-    later from the state there.
+    For "mean" and "first" that is what is not padding. For "last" it is everything up to the last token that is not,
+    because id 0 within a text is a word of CLIP's vocabulary; with CLIP's tokenizer that token is the end of the text.
+    A row of nothing but padding counts as full, so that its embedding is finite.
 
     On the meta device every token counts as real: the most that a batch of this shape can take.
     """
+    real = tokens != PAD
+    attended = real | ~real.any(dim=1, keepdim=True)
     if pooling == "last":
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        attended = places <= tokens.argmax(dim=1, keepdim=True)
-    else:
-        real = tokens != PAD
-        attended = real | ~real.any(dim=1, keepdim=True)
+        attended = places <= (places * attended).amax(dim=1, keepdim=True)
     if tokens.is_meta:
         return Packing(attended, torch.arange(tokens.numel(), device=tokens.device))
     return Packing(attended, attended.flatten().nonzero().squeeze(1))
@@ -170,7 +168,7 @@ class TextTower(nn.Module):
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
         activation: of the MLPs, a key of `ACTIVATIONS`.
         pooling: of the top layer, what is embedded: the mean of the real tokens, the first of them, or the last, the
-            end-of-text token, under causal attention.
+            end-of-text token of CLIP, under causal attention.
     """
 
     def __init__(
