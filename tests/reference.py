@@ -143,3 +143,70 @@ def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> floa
         float((found[n].double() - g.double()).norm() / max(g.double().norm(), 1e-3 * whole))
         for n, g in expected.items()
     )
+
+
+def adafactorw(
+    theta: Tensor,
+    gradients: list[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    axes: tuple[int, int] | None,
+) -> Tensor:
+    """AdaFactorW, matrix by matrix over the two `axes` (None: a whole second moment), in float64.
+
+    M alone is computed in the gradients' own dtype, as its rounding to bfloat16 depends on the last bit.
+    """
+    beta1, beta2 = betas
+    theta = theta.detach().double()
+    m, v = torch.zeros_like(theta, dtype=torch.bfloat16), torch.zeros_like(theta)
+    if axes is not None:
+        last = [axis for axis in range(theta.ndim) if axis not in axes] + list(axes)
+        stack = theta.permute(last).flatten(0, -3) if theta.ndim > 2 else theta[None]
+        r, c = torch.zeros(stack.shape[:2], dtype=torch.float64), torch.zeros(len(stack), stack.shape[2]).double()
+    for t, g in enumerate(gradients, start=1):
+        exact = m.to(g.dtype) * beta1 + (1 - beta1) * g
+        m = exact.to(torch.bfloat16)
+        squares = g.double() ** 2
+        if axes is None:
+            v = beta2 * v + (1 - beta2) * squares
+        else:
+            permuted = squares.permute(last)
+            matrices = permuted.reshape(stack.shape)
+            for k, matrix in enumerate(matrices):
+                r[k] = beta2 * r[k] + (1 - beta2) * torch.stack([row.mean() for row in matrix])
+                c[k] = beta2 * c[k] + (1 - beta2) * torch.stack([column.mean() for column in matrix.T])
+            # A matrix without any gradient yet has V = 0.
+            found = torch.stack([torch.outer(r[k], c[k]) / (r[k].mean() or 1.0) for k in range(len(r))])
+            v = found.reshape(permuted.shape).permute([last.index(axis) for axis in range(theta.ndim)])
+        step = (exact.double() / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+        theta = theta - lr * (step + weight_decay * theta)
+    return theta
+
+
+def lion(
+    theta: Tensor, gradients: list[Tensor], *, lr: float, betas: tuple[float, float], weight_decay: float
+) -> Tensor:
+    """Lion (arXiv 2302.06675, algorithm 2)."""
+    theta, m = theta.detach().double(), torch.zeros_like(theta).double()
+    for g in gradients:
+        update = (betas[0] * m + (1 - betas[0]) * g.double()).sign()
+        theta = theta - lr * (update + weight_decay * theta)
+        m = betas[1] * m + (1 - betas[1]) * g.double()
+    return theta
+
+
+def lars(
+    theta: Tensor, gradients: list[Tensor], *, lr: float, momentum: float, weight_decay: float, exempt: bool
+) -> Tensor:
+    """LARS as SimCLR's LARSOptimizer has it with classic momentum; biases and norms are exempt."""
+    theta, v = theta.detach().double(), torch.zeros_like(theta).double()
+    for g in gradients:
+        g = g.double() + (0.0 if exempt else weight_decay) * theta
+        norms = float(theta.norm()), float(g.norm())
+        ratio = 0.001 * norms[0] / norms[1] if min(norms) > 0 and not exempt else 1.0
+        v = momentum * v + lr * ratio * g
+        theta = theta - v
+    return theta

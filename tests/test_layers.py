@@ -23,7 +23,7 @@ models: __init__ settings presets normalisation coatnet image text hf_text proje
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps
 losses: dense tiled contrastive info_nce sigmoid nt_xent classification __init__
 training: __init__ settings host_memory parallel memory plan recovery remat batch_norm compilation staging lane step
-training: verify optim checkpoint log loop
+training: verify schedule adafactorw lars optim checkpoint ema log loop
 evaluation: __init__ settings datasets encoder zeroshot retrieval suite report
 config run_folder inference
 recipes: scenes emoji clipart __init__

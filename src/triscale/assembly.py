@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
@@ -41,10 +42,12 @@ from triscale.randomness import derive_seed
 from triscale.training import optim
 from triscale.training.batch_norm import synchronise_batch_norm
 from triscale.training.compilation import compile_tower
+from triscale.training.ema import WeightAverage
 from triscale.training.lane import seeded
 from triscale.training.memory import GIB
 from triscale.training.plan import LanePlan
 from triscale.training.remat import rematerialise
+from triscale.training.schedule import BASE_BATCH, SCALES, learning_rate
 from triscale.training.settings import parse_compile, parse_per_lane, parse_remat
 from triscale.training.step import ContrastiveStep
 
@@ -212,25 +215,50 @@ def step_batch_norm(config: RunConfig) -> Literal["refuse", "per_micro_batch"]:
     return "refuse" if config.batch.batch_norm == "refuse" else "per_micro_batch"
 
 
-def make_optimizer(config: RunConfig, modules: Mapping[str, nn.Module]) -> torch.optim.AdamW:
-    """AdamW over every trainable parameter of the towers and the loss."""
+def make_optimizer(config: RunConfig, modules: Mapping[str, nn.Module]) -> torch.optim.Optimizer:
+    """The optimizer over every trainable parameter of the towers and the loss."""
     settings = config.optim
-    return optim.adamw(
-        optim.parameter_groups(modules, settings.weight_decay),
-        learning_rate=settings.learning_rate,
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-        epsilon=settings.epsilon,
+    groups = optim.parameter_groups(modules, settings.weight_decay, settings.layer_decay)
+    return optim.OPTIMIZERS[settings.name](groups, settings)
+
+
+def make_average(config: RunConfig, modules: Mapping[str, nn.Module]) -> WeightAverage | None:
+    """The moving average of the weights, from those of now; None where the config asks for none."""
+    return WeightAverage(modules, config.optim.ema) if config.optim.ema else None
+
+
+def peak_rate(config: RunConfig) -> float:
+    """The learning rate at the end of the warmup, as the batch scales it."""
+    return config.optim.learning_rate * SCALES[config.optim.scale](config.batch.size)
+
+
+def make_schedule(config: RunConfig) -> Callable[[int], float]:
+    """Steps done -> learning rate of the next one."""
+    return partial(
+        learning_rate,
+        peak=peak_rate(config),
+        warmup_steps=config.optim.warmup_steps,
+        total_steps=config.train.steps,
+        schedule=config.optim.schedule,
+        cooldown_steps=config.optim.cooldown_steps,
     )
 
 
+def describe_optimizer(config: RunConfig) -> str:
+    """The optimizer and its peak learning rate, as the log says it."""
+    settings, size = config.optim, config.batch.size
+    rule = {"none": "", "linear": f" = {settings.learning_rate:g} * {size} / {BASE_BATCH}"}
+    rule["sqrt"] = f" = {settings.learning_rate:g} * sqrt({size})"
+    return f"{settings.name}, learning rate {peak_rate(config):g}{rule[settings.scale]}, {settings.schedule}"
+
+
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the training mode comes back."""
+def evaluating(model: nn.Module, average: WeightAverage | None = None) -> Iterator[None]:
+    """Evaluation mode without gradients, with the averaged weights if any; training mode and weights come back."""
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with average.applied() if average else contextlib.nullcontext(), torch.inference_mode():
             yield
     finally:
         model.train(was_training)

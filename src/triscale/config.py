@@ -175,7 +175,10 @@ def validate(config: RunConfig) -> None:
         "memory.host_gib": 0,
         "train.collective_timeout_seconds": 1,
         "optim.learning_rate": 0,
+        "optim.weight_decay": 0,
+        "optim.epsilon": 0,
         "optim.warmup_steps": 0,
+        "optim.cooldown_steps": 0,
         "optim.clip_norm": 0,
         "loss.max_logit_scale": 0,
     }
@@ -186,11 +189,13 @@ def validate(config: RunConfig) -> None:
     for name in ("data.max_bad", "data.caption_part_dropout"):
         if not 0 <= values[name] <= 1:
             raise UsageError(f"--{name.replace('_', '-')} is {values[name]}: it must be from 0 to 1")
-    for name in ("model.dropout", "model.drop_path"):
+    for name in ("model.dropout", "model.drop_path", "optim.beta1", "optim.beta2", "optim.momentum", "optim.ema"):
         if not 0 <= values[name] < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {values[name]}: it must be at least 0 and below 1")
     if min(config.model.image_std) <= 0:
         raise UsageError(f"--model.image-std is {config.model.image_std}: each must be above 0")
+    if not 0 < config.optim.layer_decay <= 1:
+        raise UsageError(f"--optim.layer-decay is {config.optim.layer_decay}: it must be above 0 and at most 1")
     if config.loss.logit_scale <= 0:
         raise UsageError(f"--loss.logit-scale is {config.loss.logit_scale}: it must be above 0")
     if config.model.text_width % config.model.text_heads:

@@ -150,12 +150,15 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def load(path: str | Path, device: str = "cpu", *, report: Callable[[str], None] = _warn) -> ZeroShotModel:
+def load(
+    path: str | Path, device: str = "cpu", *, average: bool = True, report: Callable[[str], None] = _warn
+) -> ZeroShotModel:
     """Load a run folder.
 
     Args:
         path: the run folder.
         device: where to embed, such as "cpu" or "cuda".
+        average: take the moving average of the weights, where the run keeps one, rather than the last ones.
         report: called with one line for each newer checkpoint that is damaged and passed over.
 
     Raises:
@@ -175,7 +178,7 @@ def load(path: str | Path, device: str = "cpu", *, report: Callable[[str], None]
     if found is None:
         raise UsageError(f"run folder {str(path)!r} has no good checkpoint: train it first")
     try:
-        tensors = found.model()
+        tensors = (found.average() if average else None) or found.model()
     except (OSError, SafetensorError) as error:
         raise UsageError(f"checkpoint {str(found.path)!r} cannot be read: {_first_line(error)}") from error
     model = _build(resolved, preprocess, tensors).eval()

@@ -15,7 +15,7 @@ import torch
 
 from triscale import __version__, distributed
 from triscale.config import RunConfig, read_config, refuse_changes, to_dict
-from triscale.errors import RunError, UsageError
+from triscale.errors import LostProcess, RunError, UsageError
 from triscale.evaluation.suite import Results
 from triscale.models.hf_text import self_contained
 from triscale.training.plan import LanePlan
@@ -81,6 +81,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def advice(folder: Path) -> Iterator[None]:
+    """Add to the one line about a lost process what is left of the run and how it goes on."""
+    try:
+        yield
+    except LostProcess as error:
+        saved = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
+        rest = f"checkpoint {saved[-1]} stands, and" if saved else "there is no checkpoint yet;"
+        place = "from there" if saved else "from the beginning"
+        raise LostProcess(f"{error}; {rest} the same command goes on {place}") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -7,10 +7,9 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from rich.console import Console
 from torch import device as Device
@@ -20,13 +19,16 @@ from torch.optim import Optimizer
 from triscale import distributed
 from triscale.assembly import (
     check_model,
+    describe_optimizer,
     device_of,
     evaluating,
+    make_average,
     make_encoder,
     make_ids,
     make_model,
     make_optimizer,
     make_reader,
+    make_schedule,
     make_step,
     make_tokenizer,
     open_training_data,
@@ -36,7 +38,6 @@ from triscale.data.distinct import DistinctOrder
 from triscale.data.mixture import Mixture
 from triscale.data.quarantine import Quarantine
 from triscale.data.rows import BatchReader
-from triscale.errors import LostProcess
 from triscale.evaluation.datasets import EvaluationSet, open_sets
 from triscale.evaluation.encoder import Encoder
 from triscale.evaluation.suite import check_shifts, evaluate
@@ -45,6 +46,7 @@ from triscale.losses.contrastive import ContrastiveLoss
 from triscale.models.dual_encoder import DualEncoder
 from triscale.run_folder import (
     Files,
+    advice,
     locked,
     open_run_folder,
     preprocess,
@@ -57,6 +59,7 @@ from triscale.run_folder import (
 )
 from triscale.scores import headline, publish, show
 from triscale.training import checkpoint, memory, optim
+from triscale.training.ema import WeightAverage
 from triscale.training.host_memory import reuse_large_buffers
 from triscale.training.log import RunLog
 from triscale.training.loop import StopFlag, train
@@ -77,11 +80,18 @@ class Run:
     sets: Sequence[EvaluationSet]
     device: Device
     console: Console
+    average: WeightAverage | None
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """All that is trained and checkpointed, by name."""
         return {**self.model.towers(), "loss": self.loss}
+
+    def after_step(self) -> None:
+        """What follows an optimizer step."""
+        self.loss.clamp_()
+        if self.average:
+            self.average.update()
 
     @property
     def encoder(self) -> Encoder:
@@ -107,7 +117,7 @@ def train_run(config: RunConfig, recipe: str) -> int:
     sets = open_sets(config.data.eval, config.data.root)
     check_shifts(sets, config.data.shifts)
     timeout = config.train.collective_timeout_seconds
-    with _advice(files.folder), distributed.process_group(device.type, timeout):
+    with advice(files.folder), distributed.process_group(device.type, timeout):
         open_run_folder(files, config, recipe)
         with locked(files.folder):
             tokenizer = make_tokenizer(config, mixture, files.tokenizer)
@@ -127,20 +137,9 @@ def train_run(config: RunConfig, recipe: str) -> int:
                 sets=sets,
                 device=device,
                 console=console,
+                average=make_average(config, {**model.towers(), "loss": loss}),
             )
             return _go_on(run, tokenizer)
-
-
-@contextlib.contextmanager
-def _advice(folder: Path) -> Iterator[None]:
-    """Add to the one line about a lost process what is left of the run and how it goes on."""
-    try:
-        yield
-    except LostProcess as error:
-        saved = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
-        rest = f"checkpoint {saved[-1]} stands, and" if saved else "there is no checkpoint yet;"
-        place = "from there" if saved else "from the beginning"
-        raise LostProcess(f"{error}; {rest} the same command goes on {place}") from error
 
 
 def _go_on(run: Run, tokenizer: bytes) -> int:
@@ -148,6 +147,8 @@ def _go_on(run: Run, tokenizer: bytes) -> int:
     done = checkpoint.latest(run.files.folder, report=lambda line: run.console.print(line, markup=False))
     if done is not None:
         checkpoint.load_into(run.modules, done.model())
+        if run.average:
+            run.average.load(done.average() or {})
     if done is not None and done.step >= run.config.train.steps:
         run.console.print(f"{run.files.folder} is finished: {done.step} steps", markup=False)
         results = saved_results(run.files, [each.name for each in run.sets])
@@ -185,13 +186,13 @@ def _train(run: Run, done: checkpoint.Checkpoint | None) -> int:
         outcome = train(
             step=step,
             optimizer=optimizer,
-            schedule=_schedule(config),
+            schedule=make_schedule(config),
             batches=rows,
             start_step=start,
             total_steps=settings.steps,
             batch_size=size,
             clip_norm=config.optim.clip_norm,
-            after_step=run.loss.clamp_,
+            after_step=run.after_step,
             record=_recorder(run, step, log),
             save=partial(_save, run, optimizer, quarantine),
             checkpoint_every_steps=settings.checkpoint_every_steps,
@@ -268,16 +269,7 @@ def _note_start(run: Run, log: RunLog, quarantine: Quarantine, step: Contrastive
         log.note(run.reader.order.describe(start * run.config.batch.size))
     plans = ", ".join(f"{lane}: {plan.micro_batch} at once, {plan.keep} kept" for lane, plan in step.plans.items())
     steps, size = run.config.train.steps, run.config.batch.size
-    log.note(f"{run.files.folder}: step {start} of {steps}, batch {size}; {plans}")
-
-
-def _schedule(config: RunConfig) -> Callable[[int], float]:
-    return partial(
-        optim.learning_rate,
-        peak=config.optim.learning_rate,
-        warmup_steps=config.optim.warmup_steps,
-        total_steps=config.train.steps,
-    )
+    log.note(f"{run.files.folder}: step {start} of {steps}, batch {size}; {plans}; {describe_optimizer(run.config)}")
 
 
 def _save(run: Run, optimizer: Optimizer, quarantine: Quarantine, steps: int) -> None:
@@ -288,18 +280,19 @@ def _save(run: Run, optimizer: Optimizer, quarantine: Quarantine, steps: int) ->
         optimizer=optim.optimizer_tensors(optimizer),
         state={"position": steps * run.config.batch.size, "quarantine": quarantine.state_dict()},
         keep=run.config.train.keep_checkpoints,
+        average=run.average and run.average.tensors(),
     )
 
 
 def _scores(run: Run, steps: int) -> dict[str, float]:
     """The scores that the log shows during training."""
-    with evaluating(run.model):
+    with evaluating(run.model, run.average):
         return headline(evaluate(run.encoder, run.sets, run.config.data.shifts))
 
 
 def finish(run: Run) -> None:
     """Evaluate a trained run: results.json, a picture of test images with their guesses, the table on stdout."""
-    with evaluating(run.model):
+    with evaluating(run.model, run.average):
         publish(
             run.files,
             evaluate(run.encoder, run.sets, run.config.data.shifts),

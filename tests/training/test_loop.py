@@ -26,7 +26,9 @@ from triscale.errors import LostProcess, RunError
 from triscale.training import checkpoint
 from triscale.training.log import RunLog
 from triscale.training.loop import Outcome, StopFlag, train
-from triscale.training.optim import adamw, learning_rate, load_optimizer, optimizer_tensors, parameter_groups
+from triscale.training.optim import OPTIMIZERS, load_optimizer, optimizer_tensors, parameter_groups
+from triscale.training.schedule import learning_rate
+from triscale.training.settings import OptimSettings
 from triscale.training.step import StepOutput
 
 ROWS = 4
@@ -77,7 +79,7 @@ class Run:
         self.model = nn.Sequential(nn.Linear(12, 8), nn.GELU(), nn.Linear(8, 3))
         self.step = Step(self.model)
         groups = parameter_groups({"image": self.model}, 0.1)
-        self.optimizer = adamw(groups, learning_rate=1.0, beta1=0.9, beta2=0.98, epsilon=1e-8)
+        self.optimizer = OPTIMIZERS["adamw"](groups, OptimSettings(learning_rate=1.0))
         self.quarantine = Quarantine(None, 0.05)
         self.stop = StopFlag()
         self.saved: list[int] = []

@@ -1,22 +1,28 @@
-"""Which parameters decay, what the schedule says, what clipping does, and the optimizer's state by name."""
+"""Which parameters decay and how fast they learn, the optimizers by name, clipping, and the state by parameter name."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import reference
 from triscale.errors import UsageError
+from triscale.models.dual_encoder import build_dual_encoder
+from triscale.models.settings import ModelSettings
 from triscale.training.optim import (
-    adamw,
+    OPTIMIZERS,
     clip_gradients,
-    learning_rate,
     load_optimizer,
     optimizer_tensors,
     parameter_groups,
 )
+from triscale.training.settings import OptimSettings
 
 
 class Tower(nn.Module):
@@ -70,21 +76,6 @@ def test_a_wholly_frozen_model_is_a_usage_error() -> None:
         parameter_groups({"image": nn.Linear(2, 2).requires_grad_(False)}, 0.1)
 
 
-def test_the_rate_warms_up_linearly_to_its_peak_and_falls_as_a_cosine_to_zero() -> None:
-    rates = [learning_rate(step, peak=2.0, warmup_steps=4, total_steps=104) for step in range(105)]
-    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
-    assert rates[54] == pytest.approx(1.0)  # half of the cosine
-    assert rates[29] == pytest.approx(1.0 + math.cos(math.pi / 4))
-    assert rates[104] == pytest.approx(0.0, abs=1e-15) and rates[103] > 0.0
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
-
-
-@pytest.mark.parametrize("total_steps", [1, 3, 4])
-def test_a_run_shorter_than_its_warmup_has_a_rate_for_every_step(total_steps: int) -> None:
-    rates = [learning_rate(step, peak=1.0, warmup_steps=4, total_steps=total_steps) for step in range(total_steps)]
-    assert rates == [0.25 * (step + 1) for step in range(total_steps)]
-
-
 def test_clipping_scales_all_gradients_by_the_norm_they_have_together(rng: torch.Generator) -> None:
     parameters = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(4))]
     gradients = [torch.randn(p.shape, generator=rng) for p in parameters[:2]]
@@ -110,8 +101,8 @@ def test_the_norm_of_a_gradient_that_is_not_finite_is_not_finite(value: float) -
     assert not math.isfinite(clip_gradients([parameter], 1.0))
 
 
-def optimizer_over(modules: dict[str, nn.Module]) -> torch.optim.AdamW:
-    return adamw(parameter_groups(modules, 0.1), learning_rate=0.1, beta1=0.9, beta2=0.98, epsilon=1e-8)
+def optimizer_over(modules: dict[str, nn.Module], name: str = "adamw") -> torch.optim.Optimizer:
+    return OPTIMIZERS[name](parameter_groups(modules, 0.1), OptimSettings(learning_rate=0.1))
 
 
 def take_step(optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -122,24 +113,38 @@ def take_step(optimizer: torch.optim.Optimizer, seed: int) -> None:
     optimizer.step()
 
 
-def test_a_restored_optimizer_goes_on_bit_for_bit() -> None:
+STATE = {
+    "adamw": {"step", "exp_avg", "exp_avg_sq"},
+    "adafactorw": {"step", "exp_avg", "exp_avg_sq", "exp_avg_sq_rows", "exp_avg_sq_columns"},
+    "lion": {"exp_avg"},
+    "lars": {"momentum_buffer"},
+    "sgd": {"momentum_buffer"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_restored_optimizer_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     modules = wrapped()
-    optimizer = optimizer_over(modules)
+    optimizer = optimizer_over(modules, name)
     take_step(optimizer, seed=1)
-    tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer).items()}
-    assert {"exp_avg.image.0.head.weight", "exp_avg_sq.loss.logit_scale", "step.image.0.positions"} <= tensors.keys()
+    save_file({key: tensor.contiguous() for key, tensor in optimizer_tensors(optimizer).items()}, tmp_path / "o")
+    tensors = load_file(tmp_path / "o")
+    assert {key.partition(".")[0] for key in tensors} == STATE[name]
+    assert any(key.endswith(".loss.logit_scale") for key in tensors)
     weights = {key: {k: v.clone() for k, v in m.state_dict().items()} for key, m in modules.items()}
     take_step(optimizer, seed=2)
+    take_step(optimizer, seed=3)
 
     others = wrapped()
     for key, module in others.items():
         module.load_state_dict(weights[key])
-    restored = optimizer_over(others)
+    restored = optimizer_over(others, name)
     load_optimizer(restored, tensors)
     take_step(restored, seed=2)
+    take_step(restored, seed=3)
     for key, module in modules.items():
-        for name, value in module.state_dict().items():
-            assert torch.equal(value, others[key].state_dict()[name]), f"{key}.{name}"
+        for parameter, value in module.state_dict().items():
+            assert torch.equal(value, others[key].state_dict()[parameter]), f"{key}.{parameter}"
 
 
 def test_parameters_without_state_keep_none() -> None:
@@ -156,3 +161,103 @@ def test_optimizer_state_of_another_model_is_refused() -> None:
         load_optimizer(optimizer, {"exp_avg.image.9.weight": torch.zeros(2, 2)})
     with pytest.raises(UsageError, match=r"\(5, 9\).*\(5, 4\)"):
         load_optimizer(optimizer, {"exp_avg.image.0.head.weight": torch.zeros(5, 9)})
+
+
+def test_the_settings_name_the_optimizers_that_there_are() -> None:
+    assert get_args(get_type_hints(OptimSettings)["name"]) == tuple(OPTIMIZERS)
+
+
+SHAPES = [(40, 30), (8, 6, 3, 3), (7,), ()]
+
+
+def trained(name: str, settings: OptimSettings, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, list[Tensor]]]:
+    """Weights before and after 25 steps with the gradients that made them, of every shape."""
+    rng = torch.Generator().manual_seed(0)
+    module = nn.ParameterList([torch.randn(shape, generator=rng, dtype=dtype) for shape in SHAPES])
+    optimizer = OPTIMIZERS[name](parameter_groups({"image": module}, settings.weight_decay), settings)
+    before = [p.detach().clone() for p in module]
+    # With a scale that grows, so that averages lag behind and the rate's place in the momentum shows.
+    gradients = [[torch.randn(p.shape, generator=rng, dtype=dtype) * 1.1**t for p in module] for t in range(25)]
+    for t, step in enumerate(gradients):
+        for parameter, gradient in zip(module, step, strict=True):
+            parameter.grad = gradient.clone()
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate
+        optimizer.step()
+        assert t or optimizer.state
+    return [(b, p.detach(), [g[i] for g in gradients]) for i, (b, p) in enumerate(zip(before, module, strict=True))]
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_lion_is_the_papers(dtype: torch.dtype, limit: float) -> None:
+    settings = OptimSettings(learning_rate=1e-3, weight_decay=0.5, beta1=0.9, beta2=0.99)
+    for before, after, gradients in trained("lion", settings, dtype):
+        decay = 0.5 if before.ndim > 1 else 0.0
+        expected = reference.lion(before, gradients, lr=1e-3, betas=(0.9, 0.99), weight_decay=decay)
+        assert float((after - expected).abs().max()) < limit * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_lars_is_simclrs(dtype: torch.dtype, limit: float) -> None:
+    settings = OptimSettings(learning_rate=0.3, weight_decay=0.5, momentum=0.9)
+    for before, after, gradients in trained("lars", settings, dtype):
+        exempt = before.ndim < 2
+        expected = reference.lars(before, gradients, lr=0.3, momentum=0.9, weight_decay=0.5, exempt=exempt)
+        assert float((after - expected).abs().max()) < limit * float(expected.abs().max())
+        assert exempt or float((after - before).norm() / before.norm()) < 0.3, "the ratio bounds the step"
+
+
+def test_lars_takes_a_ratio_of_one_where_a_norm_is_zero() -> None:
+    zero = nn.ParameterList([torch.zeros(3, 2)])
+    optimizer = OPTIMIZERS["lars"](parameter_groups({"image": zero}, 0.1), OptimSettings(learning_rate=0.5))
+    zero[0].grad = torch.ones(3, 2)
+    optimizer.step()
+    assert torch.equal(zero[0].detach(), torch.full((3, 2), -0.5))
+
+
+def test_sgd_and_adamw_are_torchs() -> None:
+    settings = OptimSettings(learning_rate=1e-2, weight_decay=0.1, momentum=0.8, beta2=0.98)
+    plain = {
+        "sgd": lambda p, decay: torch.optim.SGD([p], lr=1e-2, momentum=0.8, weight_decay=decay),
+        "adamw": lambda p, decay: torch.optim.AdamW([p], lr=1e-2, betas=(0.9, 0.98), weight_decay=decay, foreach=False),
+    }
+    for name, make in plain.items():
+        for before, after, gradients in trained(name, settings, torch.float64):
+            parameter = nn.Parameter(before.clone())
+            optimizer = make(parameter, 0.1 if before.ndim > 1 else 0.0)
+            for parameter.grad in gradients:
+                optimizer.step()
+            torch.testing.assert_close(after, parameter.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_without_layer_decay_there_are_two_groups_that_learn_at_the_full_rate() -> None:
+    assert [group["lr_scale"] for group in parameter_groups(wrapped(), 0.1)] == [1.0, 1.0]
+    assert [group["exempt"] for group in parameter_groups(wrapped(), 0.1)] == [False, True]
+
+
+def dual_encoder(image: str) -> dict[str, nn.Module]:
+    settings = ModelSettings(image=image, text_width=32, text_layers=3, text_heads=2, embedding=16)
+    with torch.device("meta"):
+        return build_dual_encoder(settings, image_size=64, vocabulary=50, tokens=8).towers()
+
+
+@pytest.mark.parametrize("image", ["vit_tiny_patch16_224", "resnet18", "coatnet_0_rw_224", "convnext_atto"])
+def test_a_layer_learns_at_the_decayed_rate_of_the_layer_after_it(image: str) -> None:
+    towers = dual_encoder(image)
+    groups = parameter_groups({**towers, "loss": Loss()}, 0.1, layer_decay=0.5)
+    scale = {name: group["lr_scale"] for group in groups for name, _ in group["params"]}
+    decayed = {name: group["weight_decay"] for group in groups for name, _ in group["params"]}
+    # Text: embeddings, three blocks (the last with the norm), projection.
+    assert scale["text.projection.weight"] == scale["image.projection.weight"] == scale["loss.logit_scale"] == 1.0
+    assert scale["text.norm.weight"] == scale["text.blocks.2.mlp.0.weight"] == scale["text.blocks.2.mlp.0.bias"] == 0.5
+    assert scale["text.blocks.0.attention.qkv.weight"] == 0.125
+    assert scale["text.token_embedding.weight"] == scale["text.position_embedding"] == 0.0625
+    assert decayed["text.blocks.0.attention.qkv.weight"] == 0.1 and decayed["text.blocks.0.attention.qkv.bias"] == 0.0
+    in_image = [scale[f"image.{name}"] for name, _ in towers["image"].named_parameters()][:-1]
+    assert in_image[0] == min(in_image) and in_image[-1] == max(in_image) == 0.5
+    assert len(set(in_image)) >= 5, "a backbone has as many rates as layers"
+
+
+def test_layer_decay_needs_a_tower_that_tells_its_layers() -> None:
+    with pytest.raises(UsageError, match=r"layer-decay.*'image'.*Sequential"):
+        parameter_groups(wrapped(), 0.1, layer_decay=0.9)

@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 from jaxtyping import Float, UInt8
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from triscale.errors import UsageError
@@ -74,6 +75,19 @@ class ImageTower(nn.Module):
         self.memory_format = torch.contiguous_format if grouped else torch.channels_last
         self.register_buffer("mean", torch.tensor(channel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(channel_std).view(3, 1, 1), persistent=False)
+
+    def parameter_layers(self) -> dict[str, int]:
+        """The layer of every parameter: the stem's 0, the others as timm groups them, the projection's after all.
+
+        Raises:
+            UsageError: timm tells no layers of this backbone.
+        """
+        matcher: Any = getattr(self.backbone, "group_matcher", None)
+        if not callable(matcher):
+            raise UsageError(f"timm tells no layers of {type(self.backbone).__name__}: use --optim.layer-decay 1")
+        layers: dict[str, Any] = group_parameters(self.backbone, matcher(coarse=False), reverse=True)
+        named = {f"backbone.{name}": int(layer) for name, layer in layers.items()}
+        return {**named, "projection.weight": max(named.values(), default=0) + 1}
 
     def forward(self, images: UInt8[Tensor, "m 3 s s"] | Float[Tensor, "m 3 s s"]) -> Float[Tensor, "m d"]:
         """Embed images of the side s that the tower was built for."""

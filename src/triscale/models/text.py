@@ -214,6 +214,15 @@ class TextTower(nn.Module):
         """Parameters that weight decay must spare, by timm's convention: positions, which have no scale to shrink."""
         return {"position_embedding"}
 
+    def parameter_layers(self) -> dict[str, int]:
+        """The layer of every parameter: embeddings 0, blocks from 1 on, the last norm with the last block."""
+        depth = len(self.blocks)
+        layers = {name: 0 for name, _ in self.named_parameters()}
+        for number, block in enumerate(self.blocks, start=1):
+            layers.update({f"blocks.{number - 1}.{name}": number for name, _ in block.named_parameters()})
+        layers.update({f"norm.{name}": depth for name, _ in self.norm.named_parameters()})
+        return {**layers, "projection.weight": depth + 1}
+
     def forward(self, tokens: Int[Tensor, "m l"]) -> Float[Tensor, "m d"]:
         """Embed token rows; l is at most the tower's `tokens`."""
         packing = pack_tokens(tokens, self.pooling)

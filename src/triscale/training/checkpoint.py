@@ -2,7 +2,8 @@
 
     RUN/checkpoints/step_00001234/model.safetensors      towers and loss by name
                                   optimizer.safetensors  optimizer state by kind and parameter name
-                                  state.json             step, position, ..., size and digest of both files, own digest
+                                  average.safetensors    the model's moving average, where the run keeps one
+                                  state.json             step, position, ..., size and digest of the files, own digest
 
 A checkpoint is written to a temporary folder beside its final place, synced to disk and renamed, so a folder with a
 checkpoint's name is complete at any instant. Digests tell of what happens to it later.
@@ -29,6 +30,7 @@ from triscale.errors import RunError, UsageError
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+AVERAGE = "average.safetensors"
 STATE = "state.json"
 
 _STEP = "step_"
@@ -46,6 +48,8 @@ class Checkpoint:
     """Optimizer steps that were done."""
     state: dict[str, Any]
     """What `save` was given as state."""
+    averaged: bool = False
+    """Whether it holds an average of the weights."""
 
     def model(self) -> dict[str, Tensor]:
         """The tensors of the towers and the loss, by name, on the CPU."""
@@ -54,6 +58,10 @@ class Checkpoint:
     def optimizer(self) -> dict[str, Tensor]:
         """The optimizer's tensors, by "KIND.PARAMETER", on the CPU."""
         return load_file(self.path / OPTIMIZER)
+
+    def average(self) -> dict[str, Tensor] | None:
+        """What `WeightAverage.tensors` gave, on the CPU; None where the run keeps no average."""
+        return load_file(self.path / AVERAGE) if self.averaged else None
 
 
 def save(
@@ -64,6 +72,7 @@ def save(
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
     keep: int,
+    average: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write checkpoints/step_STEP below the run folder, then leave the `keep` newest. Only rank 0 writes.
 
@@ -77,6 +86,7 @@ def save(
         optimizer: see `optim.optimizer_tensors`.
         state: JSON values besides step, such as position; finite numbers only.
         keep: at least 1.
+        average: see `ema.WeightAverage.tensors`; None: the run keeps none.
 
     Raises:
         RunError: the disk is full or cannot be written; earlier checkpoints are as they were.
@@ -94,7 +104,8 @@ def save(
             _discard(final)
         if not final.exists():
             temporary.mkdir(parents=True)
-            _write(temporary, step, model, optimizer, state)
+            files = {MODEL: model, OPTIMIZER: optimizer, **({} if average is None else {AVERAGE: average})}
+            _write(temporary, step, files, state)
             temporary.rename(final)
         _sync(parent)
         _prune(parent, step, keep)
@@ -116,7 +127,7 @@ def latest(
     """
     for path in reversed(_steps(folder / "checkpoints")):
         try:
-            return _read(path, (MODEL, OPTIMIZER) if with_optimizer else (MODEL,))
+            return _read(path, with_optimizer)
         except (OSError, ValueError) as error:
             report(f"checkpoint {path} is damaged ({error}); using the one before it")
     return None
@@ -156,14 +167,12 @@ def _shape(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else str(tuple(tensor.shape))
 
 
-def _write(
-    folder: Path, step: int, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Mapping[str, Any]
-) -> None:
-    """Write the three files into `folder` and sync them and it."""
-    for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
+def _write(folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    """Write the files of tensors and the state into `folder` and sync them and it."""
+    for name, tensors in files.items():
         save_file(_own_storage(tensors), folder / name)
         _sync(folder / name)
-    content = {**state, "step": step, "files": {name: _fingerprint(folder / name) for name in (MODEL, OPTIMIZER)}}
+    content = {**state, "step": step, "files": {name: _fingerprint(folder / name) for name in files}}
     # As it will be read: JSON makes tuples lists and keys strings.
     content = json.loads(json.dumps(content, allow_nan=False))
     text = json.dumps({**content, "blake2b": _digest(content)}, indent=1)
@@ -186,7 +195,7 @@ def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return owned
 
 
-def _read(path: Path, names: tuple[str, ...]) -> Checkpoint:
+def _read(path: Path, with_optimizer: bool = True) -> Checkpoint:
     """Check a checkpoint against its digests; ValueError or OSError says what is wrong."""
     content = json.loads((path / STATE).read_bytes())
     if not isinstance(content, dict) or content.pop("blake2b", None) != _digest(content):
@@ -195,15 +204,16 @@ def _read(path: Path, names: tuple[str, ...]) -> Checkpoint:
     if path.name != f"{_STEP}{step:08d}":
         raise ValueError(f"{STATE} is that of step {step}")
     files = content.pop("files")
-    for name in names:
+    averaged = AVERAGE in files
+    for name in (MODEL, *[OPTIMIZER] * with_optimizer, *[AVERAGE] * averaged):
         if (path / name).stat().st_size != files[name]["bytes"] or _fingerprint(path / name) != files[name]:
             raise ValueError(f"{name} does not match its digest")
-    return Checkpoint(path, step, content)
+    return Checkpoint(path, step, content, averaged)
 
 
 def _is_good(path: Path) -> bool:
     try:
-        _read(path, (MODEL, OPTIMIZER))
+        _read(path)
     except (OSError, ValueError):
         return False
     return True

@@ -98,7 +98,7 @@ def train(
 
     Args:
         step: the `ContrastiveStep`; every `.grad` is None. Where it raises, towers and loss must be as they were.
-        optimizer: over all trainable parameters.
+        optimizer: over all trainable parameters, in `optim.parameter_groups`.
         schedule: steps done -> learning rate of the next one.
         batches: this rank's rows of the batches from position start_step * batch_size on.
         batch_size: B, over all ranks.
@@ -139,7 +139,7 @@ def train(
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["lr_scale"]
             optimizer.step()
             after_step()
         optimizer.zero_grad(set_to_none=True)

@@ -8,13 +8,14 @@ once, and takes the *mean*: so what goes back into a sharded tower is multiplied
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from triscale import distributed
@@ -121,3 +122,59 @@ def average_statistics(towers: Iterable[nn.Module]) -> None:
     distributed.all_reduce_sum_coalesced(statistics)
     for buffer in statistics:
         buffer /= distributed.world_size()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be sharded; what is written to it is written to the tensor.
+
+    To be called without gradients.
+    """
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_axis(tensor: Tensor) -> int | None:
+    """The axis along which a tensor is divided over ranks; None: every rank holds all of it.
+
+    Raises:
+        UsageError: it is divided along more than one.
+    """
+    if not isinstance(tensor, DTensor):
+        return None
+    axes = {placement.dim for placement in tensor.placements if isinstance(placement, Shard)}
+    if len(axes) > 1:
+        raise UsageError("a parameter may be sharded along one of its axes only")
+    return next(iter(axes), None)
+
+
+def sum_over_shards(sums: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Complete what every rank has summed over its own part of each parameter. In place, one collective for all.
+
+    Args:
+        sums: parameters, and the sums over this rank's part of them; those of a parameter that is not sharded are
+            complete and stay as they are. The same parameters in the same order on every rank.
+    """
+    sharded = [(p, part) for p, part in sums if isinstance(p, DTensor) and shard_axis(p) is not None]
+    distributed.all_reduce_sum_coalesced([part for _, part in sharded])
+    for parameter, part in sharded:
+        mesh, placements = parameter.device_mesh, parameter.placements
+        # Where shards are kept in several copies (HSDP), each was counted once for every copy.
+        copies = math.prod(mesh.size(i) for i, placement in enumerate(placements) if not isinstance(placement, Shard))
+        if copies > 1:
+            part /= copies
+
+
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, the same on every rank, divided over ranks as `parameter` is, along the axes that it shares.
+
+    An axis of another length than the parameter's, such as the one that a mean was taken over, is not divided.
+    """
+    if not isinstance(parameter, DTensor) or not tensor.ndim:
+        return tensor
+    placements = [
+        placement
+        if isinstance(placement, Shard) and tensor.shape[placement.dim] == parameter.shape[placement.dim]
+        else Replicate()
+        for placement in parameter.placements
+    ]
+    # Every rank has the whole: nothing need travel.
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, placements, src_data_rank=None)

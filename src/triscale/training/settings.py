@@ -70,22 +70,41 @@ class LossSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:
-    """AdamW with linear warmup and a cosine to zero."""
+    """The optimizer, its learning rate over the run, and the average of the weights."""
 
+    name: Literal["adamw", "adafactorw", "lion", "lars", "sgd"] = "adamw"
+    """AdamW; AdaFactorW, BASIC's, in about a quarter of the memory; Lion, in half; SimCLR's LARS; SGD with momentum."""
     learning_rate: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate, before --optim.scale."""
+    scale: Literal["none", "linear", "sqrt"] = "none"
+    """How the peak follows from the batch, as in SimCLR. linear: learning_rate * B / 256; sqrt: learning_rate *
+    sqrt(B)."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices and filters; vectors, embeddings' positions and temperature get none."""
+    """Weight decay of matrices and filters, decoupled but with lars and sgd; vectors, embeddings' positions and
+    temperature get none."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment; of adamw, adafactorw and lion."""
     beta2: float = 0.98
-    """Decay of the second moment."""
+    """Decay of the second moment (adamw; adafactorw: 0.99 in BASIC), or of what the next step knows of the gradient
+    (lion: 0.99 in its paper)."""
     epsilon: float = 1e-8
     """Added to the root of the second moment."""
+    momentum: float = 0.9
+    """Of lars and sgd."""
+    layer_decay: float = 1.0
+    """The learning rate of a tower's layer is this times that of the layer after it; 1: all have the same."""
+    schedule: Literal["cosine", "linear", "constant", "rsqrt"] = "cosine"
+    """What the rate does after the warmup: falls to zero as a cosine or linearly, stays, or falls with the inverse
+    square root of the steps."""
     warmup_steps: int = 100
     """Steps of linear warmup."""
+    cooldown_steps: int = 0
+    """Steps at the end in which the rate goes linearly to zero besides; for constant and rsqrt."""
     clip_norm: float = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights, such as 0.9999, which is evaluated and loaded in place of the last
+    ones; 0: none is kept. It takes 4 bytes a parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
