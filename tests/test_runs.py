@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from triscale.config import RunConfig, to_dict
 from triscale.data.settings import DataSettings
+from triscale.inference import load
 from triscale.models.settings import ModelSettings
 from triscale.recipes import RECIPES
 from triscale.training.settings import BatchSettings, OptimSettings, TrainSettings
@@ -114,6 +115,37 @@ def test_a_run_killed_twice_and_resumed_with_other_workers_has_bitwise_the_same_
     assert not different
     assert metrics(folder, "step") == list(range(1, STEPS + 1)), "a step is missing from the metrics, or there twice"
     assert metrics(folder, "loss") == metrics(undisturbed, "loss")
+
+
+AVERAGED = (
+    *("--optim.name", "adafactorw", "--optim.schedule", "rsqrt", "--optim.cooldown-steps", "3"),
+    *("--optim.scale", "sqrt", "--optim.layer-decay", "0.9", "--optim.ema", "0.95", "--data.eval", "scenes:val"),
+)
+
+
+def test_adafactorw_with_an_average_of_the_weights_resumes_bit_for_bit_and_the_average_is_loaded(
+    config_file: Path, tmp_path: Path
+) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    done = run(command(config_file, whole, *AVERAGED))
+    assert "adafactorw, learning rate 0.008 = 0.001 * sqrt(64), rsqrt" in " ".join(done.stderr.split())
+    assert kill_after(command(config_file, folder, *AVERAGED), folder, 5, signal.SIGKILL) == -signal.SIGKILL
+    run(command(config_file, folder, *AVERAGED))
+    last = f"checkpoints/step_{STEPS:08d}"
+    for name in ("model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"):
+        assert (whole / last / name).read_bytes() == (folder / last / name).read_bytes(), name
+    results = json.loads((whole / "results.json").read_text())
+    assert results == json.loads((folder / "results.json").read_text())
+    (whole / "results.json").unlink()
+    run(command(config_file, whole, *AVERAGED))  # finished: evaluated again, from the checkpoint
+    assert results == json.loads((whole / "results.json").read_text())
+
+    average, trained = (load_file(whole / last / f"{name}.safetensors") for name in ("average", "model"))
+    for wanted, model in ((average, load(whole)), (trained, load(whole, average=False))):
+        for name, tensor in model.model.state_dict().items():
+            assert torch.equal(tensor, wanted[name]), name
+        assert model.logit_scale == pytest.approx(float(wanted["loss.logit_scale"].exp()))
+    assert not torch.equal(average["text.projection.weight"], trained["text.projection.weight"])
 
 
 def test_a_run_folder_holds_what_the_design_says_and_no_more(undisturbed: Path) -> None:

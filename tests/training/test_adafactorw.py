@@ -77,7 +77,7 @@ def test_a_parameter_alone_and_among_others_moves_alike(monkeypatch: pytest.Monk
     shapes = list(AXES)
 
     def move(chosen: list[int], chunk: int) -> dict[int, Tensor]:
-        monkeypatch.setattr(adafactorw, "CHUNK_ELEMENTS", chunk)
+        monkeypatch.setitem(adafactorw.CHUNK_ELEMENTS, "cpu", chunk)
         parameters = {i: nn.Parameter(torch.ones(shapes[i])) for i in chosen}
         optimizer = AdaFactorW(list(parameters.values()), weight_decay=0.1)
         for step in range(6):

@@ -116,6 +116,27 @@ def test_inference_needs_no_optimizer_file(tmp_path: Path) -> None:
     assert checkpoint is not None and torch.equal(checkpoint.model()["loss.logit_scale"], torch.tensor(2.5))
 
 
+def test_an_average_is_kept_beside_the_model_and_checked_with_it(tmp_path: Path) -> None:
+    for step in (1, 2):
+        average = {"image.weight": torch.full((8,), step / 2), "updates": torch.tensor(step)}
+        save(tmp_path, step, model={"image.weight": torch.ones(8)}, optimizer={}, state={}, keep=2, average=average)
+    newest = latest(tmp_path)
+    assert newest is not None and newest.averaged
+    assert torch.equal((newest.average() or {})["image.weight"], torch.full((8,), 1.0))
+    (tmp_path / "checkpoints/step_00000002/optimizer.safetensors").unlink()
+    inference = latest(tmp_path, with_optimizer=False)
+    assert inference is not None and inference.step == 2 and inference.average() is not None
+    flip(tmp_path / "checkpoints/step_00000002/average.safetensors")
+    before = latest(tmp_path, with_optimizer=False)
+    assert before is not None and before.step == 1
+
+
+def test_a_checkpoint_without_an_average_has_none(tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    (checkpoint,) = [latest(tmp_path)]
+    assert checkpoint is not None and not checkpoint.averaged and checkpoint.average() is None
+
+
 def test_loading_never_unpickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **keywords: object) -> NoReturn:
         raise AssertionError("something was unpickled")

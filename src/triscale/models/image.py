@@ -85,7 +85,7 @@ class ImageTower(nn.Module):
         matcher: Any = getattr(self.backbone, "group_matcher", None)
         if not callable(matcher):
             raise UsageError(f"timm tells no layers of {type(self.backbone).__name__}: use --optim.layer-decay 1")
-        layers: dict[str, Any] = group_parameters(self.backbone, matcher(coarse=False), reverse=True)
+        layers: Any = group_parameters(self.backbone, matcher(coarse=False), reverse=True)
         named = {f"backbone.{name}": int(layer) for name, layer in layers.items()}
         return {**named, "projection.weight": max(named.values(), default=0) + 1}
 

@@ -17,6 +17,9 @@ What the paper leaves open, and what is done here:
 - eps stands where AdamW has it. A row or column without any gradient has V = 0, M = 0 and does not move.
 """
 
+# torch's functions over lists of tensors, torch._foreach_*, have no public names.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
@@ -27,8 +30,10 @@ from torch import Tensor
 
 from triscale.training.parallel import local_part, shard_axis, shard_like, sum_over_shards
 
-CHUNK_ELEMENTS = 1 << 24
-"""Parameters that are updated at once: what a step takes for a moment is three numbers for each."""
+CHUNK_ELEMENTS = {"cpu": 1 << 17}
+"""Numbers of parameters that are updated at once, by kind of device: for each a step holds two more for a moment. On
+the CPU they should stay in its cache."""
+OTHER_CHUNK_ELEMENTS = 1 << 24
 
 
 def factored_axes(shape: torch.Size) -> tuple[int, int] | None:
@@ -113,7 +118,8 @@ class AdaFactorW(torch.optim.Optimizer):
                     average = local_part(state["exp_avg_sq"])
                     average.mul_(beta2).addcmul_(gradient, gradient.to(average.dtype), value=1 - beta2)
                     continue
-                squares = gradient.to(_dtype(p)).square()
+                gradient = gradient.to(_dtype(p))
+                squares = gradient * gradient
                 for kind, axis in (("exp_avg_sq_rows", axes[1]), ("exp_avg_sq_columns", axes[0])):
                     total = squares.sum(axis, keepdim=True)
                     if axis == shard_axis(p):
@@ -190,10 +196,11 @@ def _dtype(parameter: Tensor) -> torch.dtype:
 
 
 def _chunks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The parameters in turns of at most CHUNK_ELEMENTS numbers, or of one that has more."""
+    """The parameters in turns of at most so many numbers as the device updates at once, or of one that has more."""
     chunk, elements = [], 0
     for parameter in parameters:
-        if chunk and elements + parameter.numel() > CHUNK_ELEMENTS:
+        limit = CHUNK_ELEMENTS.get(parameter.device.type, OTHER_CHUNK_ELEMENTS)
+        if chunk and elements + parameter.numel() > limit:
             yield chunk
             chunk, elements = [], 0
         chunk.append(parameter)

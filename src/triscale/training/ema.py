@@ -1,5 +1,8 @@
 """The exponential moving average of a run's weights, which evaluates better than the last ones."""
 
+# torch's functions over lists of tensors, torch._foreach_*, have no public names.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping

@@ -1,5 +1,8 @@
 """LARS as SimCLR trains with it: the learning rate of every matrix and filter follows the ratio of norms."""
 
+# torch's functions over lists of tensors, torch._foreach_*, have no public names.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
@@ -73,7 +76,8 @@ class LARS(torch.optim.Optimizer):
 
 def _ratios(parameters: list[Tensor], values: list[Tensor], gradients: list[Tensor], trust: float) -> list[Tensor]:
     """trust |theta| / |g| of every parameter, 1 where either norm is 0."""
-    squares = [torch.stack([v.square().sum(), g.square().sum()]) for v, g in zip(values, gradients, strict=True)]
+    pairs = zip(torch._foreach_norm(values), torch._foreach_norm(gradients), strict=True)
+    squares = [torch.stack(pair).square() for pair in pairs]
     sum_over_shards(list(zip(parameters, squares, strict=True)))
     norms = torch.stack(squares).sqrt()
     ratios = torch.where((norms > 0).all(dim=1), trust * norms[:, 0] / norms[:, 1], 1.0)
