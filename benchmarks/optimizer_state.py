@@ -1,11 +1,10 @@
 """What an optimizer keeps beside the weights, and how long its step takes.
 
-    python benchmarks/optimizer_state.py [--image coatnet_3_rw_224] [--text-layers 12] [--text-width 1024]
-        [--tokens 64] [--vocabulary 32000] [--step] [--rounds 7] [--device cpu] [--json FILE]
+    python benchmarks/optimizer_state.py [--preset basic-m] [--image NAME] [--text-layers N] [--text-width W]
+        [--step] [--rounds 7] [--device cpu] [--json FILE]
 
 Bytes are those of the state's tensors after one step on the meta device: no memory is taken, whatever the size. The
-towers are any timm model and the package's text transformer; the defaults are of BASIC-M's layout. `--recipe NAME`
-takes a recipe's towers instead.
+towers are a preset's; --image, any timm model, and the sizes of the text transformer may replace its own.
 
 With --step, optimizers take steps on weights of the towers' shapes on --device, in turns, and the median time of each
 is given as its ratio to fused AdamW's. Choose towers that fit the memory ten times over.
@@ -26,31 +25,23 @@ import torch
 from torch import nn
 
 from triscale.models.dual_encoder import build_dual_encoder
-from triscale.models.settings import ModelSettings
-from triscale.recipes import RECIPES
+from triscale.models.presets import find_preset
 from triscale.training.optim import OPTIMIZERS, optimizer_tensors, parameter_groups
 from triscale.training.settings import OptimSettings
 
 
 def towers_of(options: argparse.Namespace) -> Mapping[str, nn.Module]:
     """The towers, without values."""
-    if options.recipe:
-        config = RECIPES[options.recipe]()
-        settings, size, tokens = config.model, config.data.image_size, config.data.tokens
-    else:
-        settings = ModelSettings(
-            image=options.image,
-            text_width=options.text_width,
-            text_layers=options.text_layers,
-            text_heads=max(options.text_width // 64, 1),
-            embedding=options.text_width,
-        )
-        size, tokens = options.size, options.tokens
+    preset = find_preset(options.preset)
+    named = {name: getattr(options, name) for name in ("image", "text_layers", "text_width")}
+    changes = {name: value for name, value in named.items() if value is not None}
+    if options.image:
+        changes["image_options"] = "{}"
+    if options.text_width:
+        changes["text_heads"] = max(options.text_width // 64, 1)
+    settings, sizes = replace(preset.model, **changes), {"vocabulary": preset.vocabulary, "tokens": preset.tokens}
     with torch.device("meta"):
-        model = build_dual_encoder(
-            replace(settings, drop_path=0.0), image_size=size, vocabulary=options.vocabulary, tokens=tokens
-        )
-    return model.towers()
+        return build_dual_encoder(settings, image_size=preset.image_size, **sizes).towers()
 
 
 def optimizer_over(name: str, towers: Mapping[str, nn.Module]) -> torch.optim.Optimizer:
@@ -97,13 +88,10 @@ def _wait(device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", choices=list(RECIPES))
-    parser.add_argument("--image", default="coatnet_3_rw_224", help="a timm model")
-    parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
-    parser.add_argument("--text-layers", type=int, default=12)
-    parser.add_argument("--text-width", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--preset", default="basic-m")
+    parser.add_argument("--image", help="a timm model")
+    parser.add_argument("--text-layers", type=int)
+    parser.add_argument("--text-width", type=int)
     parser.add_argument("--step", action="store_true", help="time steps, too")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")

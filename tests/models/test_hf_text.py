@@ -70,6 +70,18 @@ def test_its_step_in_micro_batches_is_exact_with_the_librarys_own_dropout(kind: 
     assert all(parameter.grad is not None for parameter in tower.parameters())
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "t5"])
+def test_every_parameter_has_a_layer_for_layer_wise_decay(kind: str) -> None:
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    settings = replace(BERT, text=f"hf:{kind}", text_options=json.dumps(t5 if kind == "t5" else SIZES))
+    tower = build_hugging_face_text(settings, vocabulary=20, tokens=4)
+    layers, names = tower.parameter_layers(), [name for name, _ in tower.named_parameters()]
+    assert layers.keys() == set(names)
+    assert layers[names[0]] == 0, "embeddings"
+    assert set(layers.values()) == {0, 1, 2, 3} and layers["projection.weight"] == 3
+    assert [layers[name] for name in names] == sorted(layers.values()), "names are in the order of the layers"
+
+
 def test_settings_from_a_folder_become_ones_that_need_none(folder: Path) -> None:
     settings = replace(BERT, text=f"hf:{folder}", text_options="{}", text_weights="pretrained")
     tower = build_hugging_face_text(settings, vocabulary=20, tokens=4)

@@ -241,7 +241,9 @@ def dual_encoder(image: str) -> dict[str, nn.Module]:
         return build_dual_encoder(settings, image_size=64, vocabulary=50, tokens=8).towers()
 
 
-@pytest.mark.parametrize("image", ["vit_tiny_patch16_224", "resnet18", "coatnet_0_rw_224", "convnext_atto"])
+@pytest.mark.parametrize(
+    "image", ["vit_tiny_patch16_224", "resnet18", "coatnet_0_224", "coatnet_7_224", "convnext_atto"]
+)
 def test_a_layer_learns_at_the_decayed_rate_of_the_layer_after_it(image: str) -> None:
     towers = dual_encoder(image)
     groups = parameter_groups({**towers, "loss": Loss()}, 0.1, layer_decay=0.5)

@@ -87,6 +87,11 @@ class CoAtNet(nn.Module):
         """Parameters that weight decay must spare, by timm's convention: the relative position biases."""
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The layers, by timm's convention: the stem, then blocks or whole stages; the head with the last of them."""
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^head", (99999,))]}
+
     def forward(self, images: Float[Tensor, "m 3 s s"]) -> Float[Tensor, "m w"]:
         """The features, pooled over places."""
         return self.head(self.stages(self.stem(images)))

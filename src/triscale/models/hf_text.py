@@ -53,6 +53,26 @@ class HuggingFaceText(nn.Module):
         self.projection = nn.Linear(width, embedding, bias=False)
         nn.init.normal_(self.projection.weight, std=width**-0.5)
 
+    def parameter_layers(self) -> dict[str, int]:
+        """The layer of every parameter: embeddings 0, the encoder's blocks from 1 on, what follows with the last.
+
+        Blocks are the longest list of modules that stands in no other.
+
+        Raises:
+            UsageError: it has none.
+        """
+        lists = {name: part for name, part in self.encoder.named_modules() if isinstance(part, nn.ModuleList)}
+        if not lists:
+            raise UsageError(f"{type(self.encoder).__name__} has no list of blocks: use --optim.layer-decay 1")
+        outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+        longest = max(outermost, key=lambda name: len(lists[name]))
+        layers, after = {}, 0
+        for name, _ in self.encoder.named_parameters():
+            inside = name.startswith(f"{longest}.")
+            layers[f"encoder.{name}"] = int(name.removeprefix(f"{longest}.").split(".")[0]) + 1 if inside else after
+            after = len(lists[longest]) if inside else after
+        return {**layers, "projection.weight": len(lists[longest]) + 1}
+
     def forward(self, tokens: Int[Tensor, "m l"]) -> Float[Tensor, "m d"]:
         """Embed token rows."""
         real = tokens != self.padding

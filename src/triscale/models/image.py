@@ -87,7 +87,8 @@ class ImageTower(nn.Module):
             raise UsageError(f"timm tells no layers of {type(self.backbone).__name__}: use --optim.layer-decay 1")
         layers: Any = group_parameters(self.backbone, matcher(coarse=False), reverse=True)
         named = {f"backbone.{name}": int(layer) for name, layer in layers.items()}
-        return {**named, "projection.weight": max(named.values(), default=0) + 1}
+        last = max(named.values(), default=0) + 1
+        return named | {f"projection.{name}": last for name, _ in self.projection.named_parameters()}
 
     def forward(self, images: UInt8[Tensor, "m 3 s s"] | Float[Tensor, "m 3 s s"]) -> Float[Tensor, "m d"]:
         """Embed images of the side s that the tower was built for."""
