@@ -42,6 +42,9 @@ class Pictures:
     def __len__(self) -> int:
         return self.size
 
+    def file(self, index: int) -> str:
+        return f"{self.name}.file"
+
     def read(self, index: int, *, image: bool = True) -> Sample:
         if index in self.unreadable:
             raise OSError("the disk is gone")

@@ -18,7 +18,7 @@ LAYERS = """
 errors randomness distributed
 data: __init__ settings samples permutation shuffle order distinct paths entries tar files shard_index shards cache
 data: remote headers decode augment lists captions text folders tables csv_rows parquet hub drawing scene_words scenes
-data: sources quarantine workers indexing stats stats_page rows ids loader mixture pack
+data: sources quarantine processes workers indexing stats stats_page rows ids loader mixture pack
 models: __init__ settings presets normalisation coatnet image text hf_text projection dual_encoder prompts
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps
 losses: dense tiled contrastive info_nce sigmoid nt_xent classification __init__

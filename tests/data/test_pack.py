@@ -30,6 +30,9 @@ class Listed:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def file(self, index: int) -> str:
+        return self.name
+
     def read(self, index: int) -> Sample:
         sample = self.samples[index]
         if isinstance(sample, Exception):

@@ -31,6 +31,9 @@ class Listed:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def file(self, index: int) -> str:
+        return self.name
+
     def read(self, index: int, *, image: bool = True) -> Sample:
         sample = self.samples[index]
         if isinstance(sample, Exception):

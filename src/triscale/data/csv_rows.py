@@ -67,6 +67,10 @@ class CsvSource:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    def file(self, index: int) -> str:
+        """Path of the table that sample `index` is a row of."""
+        return self._tables[self._table(index)].path
+
     def read(self, index: int, *, image: bool = True) -> Sample:
         """Sample `index`, 0 <= index < len; without `image` no image file is opened.
 
@@ -76,9 +80,7 @@ class CsvSource:
             OSError: reading failed.
             RunError: the file is not the one that was opened.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name} has no sample {index}")
-        number = int(np.searchsorted(self._ends, index, side="right"))
+        number = self._table(index)
         table = self._tables[number]
         row = index - (int(self._ends[number - 1]) if number else 0)
         key = f"{os.path.basename(table.path)}#{row}"
@@ -91,6 +93,12 @@ class CsvSource:
             fields[columns.label] if columns.label else None,
             self.folder,
         )
+
+    def _table(self, index: int) -> int:
+        """Number of the table that sample `index` is a row of."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} has no sample {index}")
+        return int(np.searchsorted(self._ends, index, side="right"))
 
     def _record(self, number: int, row: int) -> bytes:
         table = self._tables[number]

@@ -57,6 +57,11 @@ class CaptionedFolder:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def file(self, index: int) -> str:
+        """Path of the image file of sample `index`."""
+        ending = self._endings[int(self._fields[index][0])]
+        return os.path.join(self.folder, printable(self._keys[index] + ending))
+
     def read(self, index: int, *, image: bool = True) -> Sample:
         """Sample `index`, 0 <= index < len; without `image` only its sidecars are read.
 
@@ -112,6 +117,10 @@ class ClassFolders:
 
     def __len__(self) -> int:
         return len(self._paths)
+
+    def file(self, index: int) -> str:
+        """Path of the image file of sample `index`."""
+        return os.path.join(self.folder, printable(self._paths[index]))
 
     def read(self, index: int, *, image: bool = True) -> Sample:
         """Sample `index`; its key is the path below the folder, its text the class name, its label the class's number.

@@ -48,6 +48,10 @@ class HubSource:
     def __len__(self) -> int:
         return len(self._whole)
 
+    def file(self, index: int) -> str:
+        """The source's name: which file holds a row is the data set's own affair."""
+        return self.name
+
     def read(self, index: int, *, image: bool = True) -> Sample:
         """Sample `index`, 0 <= index < len; without `image` the image's column is not read.
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Literal, NamedTuple
 
+from triscale.data.processes import note
 from triscale.data.shard_index import (
     COUNTS_FILE,
     Count,
@@ -21,7 +22,7 @@ from triscale.data.shard_index import (
     write_index,
 )
 from triscale.data.tar import ReadOnlyFile
-from triscale.data.workers import run
+from triscale.data.workers import Watch, run
 from triscale.errors import RunError, UsageError
 
 
@@ -51,7 +52,9 @@ def index_shards(paths: Sequence[str], *, check: bool = False, workers: int = 0)
     folders = {folder: _writable_folder(folder) for folder in {os.path.dirname(path) for path in paths}}
     made: list[Indexed] = []
     each = (range(number, number + 1) for number in range(len(paths)))
-    with closing(run(_Indexer(list(paths), folders, check), each, workers=workers, ahead=4 * workers)) as results:
+    indexer = _Indexer(list(paths), folders, check)
+    watch = Watch(describe=lambda number: f"was reading {paths[number]}")
+    with closing(run(indexer, each, workers=workers, ahead=4 * workers, watch=watch)) as results:
         made.extend(results)
     for folder, target in folders.items():
         counts = {
@@ -77,6 +80,7 @@ class _Indexer:
 
     def __call__(self, numbers: range) -> Indexed:
         path = self.paths[numbers.start]
+        note(numbers.start)
         try:
             stamp = ReadOnlyFile(path).stamp
             index = load_index(path, stamp)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count, islice
 
@@ -19,7 +19,7 @@ import torch
 
 from triscale.data.quarantine import BadRecord
 from triscale.data.rows import PIECE_ROWS, Batch, BatchReader, StreamedBatch
-from triscale.data.workers import run
+from triscale.data.workers import Watch, run
 from triscale.errors import UsageError
 
 BATCHES_AHEAD = 2
@@ -42,6 +42,7 @@ def batches(
     workers: int = 0,
     last: int | None = None,
     held: bool = True,
+    watch: Watch | None = None,
 ) -> Generator[Batch | StreamedBatch, None, None]:
     """This rank's rows of one contrastive batch after another. Close it to end the workers.
 
@@ -56,9 +57,11 @@ def batches(
         last: the position to stop before: the iterator ends with the last batch that ends at or before it. None: never.
         held: whole batches are made ahead and held in memory; otherwise each is streamed, without workers, since the
             towers' order of reading is theirs. The rows are the same.
+        watch: when workers have stalled, and who hears of those that did or died. What they do is described here.
 
     Raises:
-        RunError: from the iterator, when a source cannot be read, samples are bad 32 times in a row, or a worker died.
+        RunError: from the iterator, when a source cannot be read, samples are bad 32 times in a row, or workers died or
+            stalled a second time.
     """
     rows = range(batch_size * rank // world, batch_size * (rank + 1) // world)
     if not rows:
@@ -70,7 +73,8 @@ def batches(
     pieces = _pieces(len(rows))
     cuts = [rows.start + len(rows) * i // pieces for i in range(pieces + 1)]
     ranges = (range(first + a, first + b) for first in firsts for a, b in zip(cuts, cuts[1:], strict=False))
-    made = run(_Pieces(reader), ranges, workers=workers, ahead=BATCHES_AHEAD * pieces)
+    watch = replace(watch or Watch(), describe=reader.under_way)
+    made = run(_Pieces(reader), ranges, workers=workers, ahead=BATCHES_AHEAD * pieces, watch=watch)
     return _join(made, pieces, rows)
 
 
@@ -92,8 +96,8 @@ def _pieces(rows: int) -> int:
 class _Piece:
     """A Batch on its way from a worker.
 
-    Arrays, not tensors: these travel through a pipe instead of shared memory, which is 64 MB in a default container
-    and one open file for each tensor. Measured no slower.
+    Arrays, not tensors, as which they would travel through shared memory: 64 MB in a default container, and one open
+    file for each tensor.
     """
 
     images: np.ndarray

@@ -81,6 +81,10 @@ class ParquetSource:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def file(self, index: int) -> str:
+        """Path of the file that sample `index` is a row of."""
+        return self._files.paths[int(self._files.file_of_group[self._group(index)])]
+
     def read(self, index: int, *, image: bool = True) -> Sample:
         """Sample `index`, 0 <= index < len; without `image` the image's column is not read.
 
@@ -89,9 +93,7 @@ class ParquetSource:
             OSError: reading failed.
             RunError: the file is not the one that was opened.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name} has no sample {index}")
-        group = int(np.searchsorted(self._ends, index, side="right"))
+        group = self._group(index)
         row = index - self._start(group)
         file = int(self._files.file_of_group[group])
         key = f"{os.path.basename(self._files.paths[file])}#{index - self._start(int(self._file_starts[file]))}"
@@ -110,6 +112,12 @@ class ParquetSource:
             value[columns.label] if columns.label else None,
             self.folder,
         )
+
+    def _group(self, index: int) -> int:
+        """Number of the row group that sample `index` lies in."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} has no sample {index}")
+        return int(np.searchsorted(self._ends, index, side="right"))
 
     def _start(self, group: int) -> int:
         return int(self._ends[group - 1]) if group else 0

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from triscale.data.augment import Augmentation
 from triscale.data.captions import CaptionRules, choose_caption, fill_template, sample_id
 from triscale.data.decode import decode_image, fit_square
 from triscale.data.order import Positions
+from triscale.data.processes import note
 from triscale.data.quarantine import BadRecord
 from triscale.data.samples import BadSample, FetchesAhead, Sample, Source
 from triscale.data.settings import DataSettings
@@ -40,6 +42,8 @@ PIECE_ROWS = 256
 """Most rows that are made at a time where nobody asks for more: small enough that all workers share even one batch."""
 RETRY_SECONDS = (0.2, 1.0, 5.0)
 """Pauses before a failed read is tried again."""
+_PAUSE = 0.1
+"""A reader that reads ahead has paused when it did nothing for such a fraction of its last reading's time."""
 _VIEW = 0
 """Image-text pairs have one view of each image."""
 
@@ -112,7 +116,7 @@ class BatchReader:
         return {**vars(self), "_canvases": {}}
 
     def __call__(self, positions: range) -> Batch:
-        """The batch of the rows at `positions` (at least one).
+        """The batch of the rows at `positions` (at least one), each of which is noted as it is begun.
 
         Raises:
             RunError: a source cannot be read, or 32 samples in a row are bad.
@@ -125,6 +129,14 @@ class BatchReader:
             position=positions.start,
             bad=tuple(record for row in rows for record in row.bad),
         )
+
+    def under_way(self, noted: int) -> str:
+        """What a process was doing that has noted this last, with the file that may be at fault. Reads nothing."""
+        position, attempt = divmod(noted, MAX_ATTEMPTS)
+        number, index = self.order.replacement(position, attempt) if attempt else self.order[position]
+        source = self.sources[number]
+        file = source.file(index)
+        return f"was reading sample {index} of {source.name}" + (f", in {file}" if file != source.name else "")
 
     def rows(self, positions: range) -> list[Row]:
         """The rows at `positions`, each from the first good sample of those that may stand there.
@@ -154,6 +166,7 @@ class BatchReader:
             if attempt:
                 _, index = self.order.replacement(position, attempt)
             key = f"#{index}"
+            note(position * MAX_ATTEMPTS + attempt)
             try:
                 sample = read_sample(source, index, image=(number, index) not in self._canvases)
                 key = sample.key
@@ -227,6 +240,8 @@ class StreamedBatch:
         tokens: int64 (b, l); rows that were not read before are read once.
         ids: int64 (b,); likewise.
         position: of the contrastive batch's first row.
+        seconds_waited: for which readings kept the towers waiting so far: all in the thread that made this; those in
+            another, which reads ahead, where the next one followed at once.
     """
 
     def __init__(self, reader: BatchReader, positions: range, position: int) -> None:
@@ -241,6 +256,9 @@ class StreamedBatch:
         self._seen = np.zeros(len(positions), dtype=bool)
         self._bad: dict[int, tuple[BadRecord, ...]] = {}
         self._lock = threading.Lock()
+        self.seconds_waited = 0.0
+        self._thread = threading.get_ident()
+        self._last_read = (0.0, 0.0)
 
     @property
     def bad(self) -> tuple[BadRecord, ...]:
@@ -250,7 +268,7 @@ class StreamedBatch:
 
     def _read(self, wanted: range) -> UInt8[Tensor, "m 3 s s"]:
         """The images of the rows `wanted`, counted within this rank."""
-        with self._lock:
+        with self._lock, self._timed():
             rows = self._reader.rows(self._positions[wanted.start : wanted.stop])
             if not self._seen[wanted.start : wanted.stop].all():
                 self._note(wanted, rows)
@@ -258,12 +276,29 @@ class StreamedBatch:
 
     def _known(self, wanted: range) -> tuple[Tensor, Tensor]:
         """Tokens and ids of the rows `wanted`, which are read if they were not before, some at a time."""
-        with self._lock:
+        with self._lock, self._timed():
             for first in range(wanted.start, wanted.stop, PIECE_ROWS):
                 piece = range(first, min(first + PIECE_ROWS, wanted.stop))
                 if not self._seen[piece.start : piece.stop].all():
                     self._note(piece, self._reader.rows(self._positions[piece.start : piece.stop]))
             return self._tokens[wanted.start : wanted.stop], self._ids[wanted.start : wanted.stop]
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Count what is done within as waiting, or, in a thread that reads ahead, what was done within the time before.
+
+        A reader that pauses after a reading was ahead of the towers; one that goes straight on was not.
+        """
+        began = time.perf_counter()
+        before, ended = self._last_read
+        if threading.get_ident() != self._thread and began - ended < _PAUSE * (ended - before):
+            self.seconds_waited += ended - before
+        yield
+        ended = time.perf_counter()
+        if threading.get_ident() == self._thread:
+            self.seconds_waited += ended - began
+        else:
+            self._last_read = (began, ended)
 
     def _note(self, numbers: range, rows: Sequence[Row]) -> None:
         self._tokens[numbers.start : numbers.stop] = self._reader.tokens(rows)

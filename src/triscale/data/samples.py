@@ -106,6 +106,13 @@ class Source(Protocol):
         """The number of samples."""
         ...
 
+    def file(self, index: int) -> str:
+        """The file that sample `index`, 0 <= index < len, lies in, or the source's name where that is no file.
+
+        Answers without reading anything, so that a read that hangs can be named.
+        """
+        ...
+
     def read(self, index: int, *, image: bool = True) -> Sample:
         """Sample `index`, 0 <= index < len; without `image` all of it but that, whose bytes are empty then.
 

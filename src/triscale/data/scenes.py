@@ -244,6 +244,10 @@ class Scenes:
         """The caption of sample `index`, without drawing the sample."""
         return self._describe(index)[1]
 
+    def file(self, index: int) -> str:
+        """The source's name: samples are drawn, not read."""
+        return self.name
+
     def read(self, index: int, *, image: bool = True) -> Sample:
         """Draw sample `index`, 0 <= index < len: uint8 image (size, size, 3), caption and label."""
         scene, caption, rng = self._describe(index)

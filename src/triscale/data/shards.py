@@ -35,7 +35,8 @@ from triscale.data.shard_index import (
 )
 from triscale.errors import RunError, UsageError
 
-_MAPPED_INDEXES = 1024
+_MAPPED_INDEXES = OPEN_FILES
+"""A map holds a file descriptor, too, until Python 3.13; making one again takes some tens of microseconds."""
 
 
 class ShardSource:
@@ -79,6 +80,10 @@ class ShardSource:
         """The number of samples in each shard."""
         return np.diff(self._ends, prepend=0)
 
+    def file(self, index: int) -> str:
+        """Path of the shard that sample `index` lies in."""
+        return self._paths[self._shard(index)]
+
     def key(self, index: int) -> str:
         """Name of sample `index`: its path in the shard up to the first dot of the file name."""
         return self._find(index)[2]
@@ -107,15 +112,19 @@ class ShardSource:
 
     def _find(self, index: int) -> tuple[int, int, str]:
         """Number of the shard, row in it, and key of a sample."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name} has no sample {index}")
-        number = int(np.searchsorted(self._ends, index, side="right"))
+        number = self._shard(index)
         row = index - (int(self._ends[number - 1]) if number else 0)
         shard = self._indexes[number]
         if row >= len(shard):
             raise BadSample("sample-missing", f"{os.path.basename(self._paths[number])}#{row}")
         # What another program has written in an index may be no UTF-8.
         return number, row, shard.keys[row].encode("utf-8", "backslashreplace").decode()
+
+    def _shard(self, index: int) -> int:
+        """Number of the shard that sample `index` lies in."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} has no sample {index}")
+        return int(np.searchsorted(self._ends, index, side="right"))
 
 
 class _Indexes:

@@ -15,9 +15,10 @@ import numpy as np
 
 from triscale.data.captions import all_captions
 from triscale.data.decode import decode_image
+from triscale.data.processes import note
 from triscale.data.samples import BadSample, PartlyUsed, Sample, Source
 from triscale.data.text import Tokenizer
-from triscale.data.workers import run
+from triscale.data.workers import Watch, run
 from triscale.errors import RunError
 
 SHOWN_BAD = 50
@@ -133,7 +134,8 @@ def measure(
     pieces = (range(first, min(first + _PIECE_SAMPLES, count)) for first in range(0, count, _PIECE_SAMPLES))
     total = Measured()
     meter = _Meter(source, tuple(fields), tokenizer, count)
-    with closing(run(meter, pieces, workers=workers, ahead=4 * workers)) as parts:
+    watch = Watch(describe=lambda index: f"was reading sample {index}, in {source.file(index)}")
+    with closing(run(meter, pieces, workers=workers, ahead=4 * workers, watch=watch)) as parts:
         for part in parts:
             _add(total, part)
     skipped = source.skipped if isinstance(source, PartlyUsed) else []
@@ -168,6 +170,7 @@ class _Meter:
             index = len(self.source) * number // self.count
             key = f"#{index}"
             found.samples += 1
+            note(index)
             try:
                 sample = self.source.read(index)
                 key = sample.key

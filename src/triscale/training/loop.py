@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from triscale import distributed
-from triscale.data.quarantine import Quarantine, gather_records
+from triscale.data.quarantine import BadRecord, Quarantine, gather_records
 from triscale.data.rows import Batch, StreamedBatch
 from triscale.errors import LostProcess, RunError
 from triscale.training.log import RunLog
@@ -117,60 +117,124 @@ def train(
             row, or the disk is full. The weights are those of the last good step, and so is the last checkpoint.
         LostProcess: another process died or hangs. No checkpoint is written, as it would need the others.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    saved_step, saved_at = start_step, time.monotonic()
-    skipped = skipped_in_row = 0
+    checkpoints = _Checkpoints(save, start_step, checkpoint_every_steps, checkpoint_every_minutes, device)
+    skipped = _Skipped()
     for number in range(start_step + 1, total_steps + 1):
         began = time.perf_counter()
         try:
-            batch = _next_batch(batches, device)
-            waited = time.perf_counter() - began
-            out = step({"image": batch.images, "text": batch.tokens}, ids=batch.ids)
+            out, bad, waited = _next_step(step, batches, device)
         except LostProcess:
             raise
         except RunError:
-            if saved_step < number - 1:
-                _save(save, number - 1, device)
+            checkpoints.save(number - 1)
             raise
-        # A streamed batch knows its bad samples only now that its rows were read.
-        bad = gather_records(batch.bad, _for_collectives(device))
-        del batch  # before the next is joined
-        loss, norm, rate = float(out.loss), float(clip_gradients(parameters, clip_norm)), schedule(number - 1)
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["lr_scale"]
-            optimizer.step()
-            after_step()
-        optimizer.zero_grad(set_to_none=True)
-        skipped, skipped_in_row = (skipped, 0) if finite else (skipped + 1, skipped_in_row + 1)
-
+        metrics = _update(out, optimizer, clip_norm, schedule(number - 1), after_step)
         took = time.perf_counter() - began
-        metrics = {"loss": loss, **out.metrics, "gradient_norm": norm, "learning_rate": rate, "skipped": not finite}
-        speed = {"samples_per_second": batch_size / took, "data_wait": waited / took}
+        metrics |= {"samples_per_second": batch_size / took, "data_wait": waited / took, **_memory(device)}
         failure = None
         try:
-            log.step(number, {**metrics, **speed, **_memory(device)})
+            log.step(number, metrics)
             record()
             quarantine.add(bad, batch_size)
-            if skipped_in_row == MAX_NON_FINITE_STEPS:
-                raise RunError(_diagnosis(number, metrics))
+            skipped.count(number, metrics)
         except RunError as error:
             failure = error
-
-        minutes = (time.monotonic() - saved_at) / 60
-        time_is_up = distributed.rank() == 0 and 0 < checkpoint_every_minutes <= minutes
-        stopped_by, due, failed = _agree(stop.signal, int(time_is_up), int(failure is not None), device=device)
-        if due or stopped_by or failed or _every(checkpoint_every_steps, number) or number == total_steps:
-            _save(save, number, device)
-            saved_step, saved_at = number, time.monotonic()
+        stopped_by, due, failed = _agree(
+            stop.signal, int(checkpoints.due(number)), int(failure is not None), device=device
+        )
+        if due or stopped_by or failed or number == total_steps:
+            checkpoints.save(number)
         if failed:
             raise failure or RunError("another process could not go on; its message says why")
         if stopped_by:
-            return Outcome(number, stopped_by, skipped)
+            return Outcome(number, stopped_by, skipped.steps)
         if evaluate is not None and _every(eval_every_steps, number) and number < total_steps:
             log.evaluation(number, evaluate(number))
-    return Outcome(max(start_step, total_steps), 0, skipped)
+    return Outcome(max(start_step, total_steps), 0, skipped.steps)
+
+
+def _next_step(
+    step: Callable[..., StepOutput], batches: Iterator[Batch | StreamedBatch], device: torch.device
+) -> tuple[StepOutput, list[BadRecord], float]:
+    """What the step made of the next batch, the bad samples of all ranks, and the seconds that data was waited for."""
+    began = time.perf_counter()
+    batch = _next_batch(batches, device)
+    waited = time.perf_counter() - began
+    out = step({"image": batch.images, "text": batch.tokens}, ids=batch.ids)
+    # A streamed batch was read within the step, and knows its bad samples only now.
+    if isinstance(batch, StreamedBatch):
+        waited += batch.seconds_waited
+    return out, gather_records(batch.bad, _for_collectives(device)), waited
+
+
+def _update(
+    out: StepOutput, optimizer: torch.optim.Optimizer, clip_norm: float, rate: float, after_step: Callable[[], None]
+) -> dict[str, Any]:
+    """Take an optimizer step where loss and gradient are finite, and drop the gradient; the step's metrics."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    loss, norm = float(out.loss), float(clip_gradients(parameters, clip_norm))
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        optimizer.step()
+        after_step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss, **out.metrics, "gradient_norm": norm, "learning_rate": rate, "skipped": not finite}
+
+
+class _Skipped:
+    """Counts the steps that were not finite."""
+
+    def __init__(self) -> None:
+        self.steps = self._in_row = 0
+
+    def count(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """Count step `number`. Raises RunError with a diagnosis where it is the third in a row."""
+        if not metrics["skipped"]:
+            self._in_row = 0
+            return
+        self.steps += 1
+        self._in_row += 1
+        if self._in_row == MAX_NON_FINITE_STEPS:
+            raise RunError(_diagnosis(number, metrics))
+
+
+class _Checkpoints:
+    """When checkpoints are due, and which was the last; see `train`."""
+
+    def __init__(
+        self,
+        save: Callable[[int], None],
+        start_step: int,
+        every_steps: int,
+        every_minutes: float,
+        device: torch.device,
+    ) -> None:
+        self._save, self._every_steps, self._every_minutes, self._device = save, every_steps, every_minutes, device
+        self._saved_step, self._saved_at = start_step, time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether one is due after `step`; rank 0's clock decides for all."""
+        minutes = (time.monotonic() - self._saved_at) / 60
+        time_is_up = distributed.rank() == 0 and 0 < self._every_minutes <= minutes
+        return time_is_up or _every(self._every_steps, step)
+
+    def save(self, step: int) -> None:
+        """Write one of so many steps done, unless there is, and wait for it. If rank 0 cannot, all raise RunError."""
+        if step <= self._saved_step:
+            return
+        error = None
+        try:
+            self._save(step)
+        except RunError as failure:
+            error = failure
+        (failed,) = _agree(int(error is not None), device=self._device)
+        if error is not None:
+            raise error
+        if failed:
+            raise RunError("the checkpoint could not be written; the first process's message says why")
+        self._saved_step, self._saved_at = step, time.monotonic()
 
 
 def _next_batch(batches: Iterator[Batch | StreamedBatch], device: torch.device) -> Batch | StreamedBatch:
@@ -178,9 +242,13 @@ def _next_batch(batches: Iterator[Batch | StreamedBatch], device: torch.device) 
     error, batch = None, None
     try:
         batch = next(batches)
+    except LostProcess:
+        raise
     except RunError as failure:
         error = failure
-    (failed,) = _agree(int(error is not None), device=device)
+    waiting = 1
+    while waiting:  # for a rank whose data is late, see `tell_waiting`
+        failed, waiting = _agree(int(error is not None), 0, device=device)
     if error is not None:
         raise error
     if failed or batch is None:
@@ -188,18 +256,12 @@ def _next_batch(batches: Iterator[Batch | StreamedBatch], device: torch.device) 
     return batch
 
 
-def _save(save: Callable[[int], None], step: int, device: torch.device) -> None:
-    """Write a checkpoint and wait for it; if rank 0 could not, every rank raises RunError."""
-    error = None
-    try:
-        save(step)
-    except RunError as failure:
-        error = failure
-    (failed,) = _agree(int(error is not None), device=device)
-    if error is not None:
-        raise error
-    if failed:
-        raise RunError("the checkpoint could not be written; the first process's message says why")
+def tell_waiting(device: torch.device) -> None:
+    """To be called now and then while a rank's next batch is awaited, lest the others take it for dead.
+
+    They wait in the same collective, once for each call.
+    """
+    _agree(0, 1, device=device)
 
 
 def _agree(*flags: int, device: torch.device) -> list[int]:
