@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from pictures import SETTINGS, make_reader
 from triscale.config import RunConfig
 from triscale.data.loader import rows_in_flight
 from triscale.data.rows import Batch, StreamedBatch
 from triscale.feed import open_batches
+from triscale.training.log import RunLog
 from triscale.training.memory import GIB
 from triscale.training.settings import BatchSettings, MemorySettings, TrainSettings
 
@@ -26,11 +30,14 @@ def first(host_bytes: float, **data: int) -> tuple[Batch | StreamedBatch, str]:
         memory=MemorySettings(host_gib=host_bytes / GIB),
         train=TrainSettings(steps=4),
     )
-    batches, said = open_batches(config, make_reader(), torch.device("cpu"), 2)
+    console = Console(file=io.StringIO())
+    with RunLog(Path("nowhere"), total_steps=4, batch_size=10, console=console) as log:
+        batches = open_batches(config, make_reader(), torch.device("cpu"), 2, log)
     batch = next(batches)
     rest = list(batches)
     assert batch.position == 20 and [each.position for each in rest] == [30]
-    return batch, said
+    assert isinstance(console.file, io.StringIO)
+    return batch, " ".join(console.file.getvalue().split())
 
 
 def test_batches_are_held_where_what_is_in_flight_fits_and_else_streamed() -> None:

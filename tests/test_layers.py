@@ -16,14 +16,14 @@ SOURCE = Path(__file__).parents[1] / "src"
 # "package: names" stands for package.name of each; "__init__" is the package itself.
 LAYERS = """
 errors randomness distributed
-data: __init__ settings samples permutation shuffle order distinct paths entries tar files shard_index shards cache
-data: remote headers decode augment lists captions text folders tables csv_rows parquet hub drawing scene_words scenes
-data: sources quarantine processes workers indexing stats stats_page rows ids loader mixture pack
+data: __init__ settings samples unchanged permutation shuffle order distinct paths entries tar files shard_index shards
+data: cache remote headers decode augment lists captions text folders tables csv_rows parquet hub drawing scene_words
+data: scenes sources quarantine processes workers indexing stats stats_page rows ids loader mixture pack
 models: __init__ settings presets normalisation coatnet image text hf_text projection dual_encoder prompts
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps
 losses: dense tiled contrastive info_nce sigmoid nt_xent classification __init__
 training: __init__ settings host_memory parallel memory plan recovery remat batch_norm compilation staging lane step
-training: verify schedule adafactorw lars optim checkpoint ema log loop
+training: verify schedule adafactorw lars optim checkpoint ema starvation log loop
 evaluation: __init__ settings datasets encoder zeroshot retrieval suite report
 config run_folder inference
 recipes: scenes emoji clipart __init__

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 from torch import device as Device
@@ -38,6 +39,7 @@ from triscale.data.distinct import DistinctOrder
 from triscale.data.mixture import Mixture
 from triscale.data.quarantine import Quarantine
 from triscale.data.rows import BatchReader
+from triscale.data.unchanged import describe_sources, require_unchanged
 from triscale.evaluation.datasets import EvaluationSet, open_sets
 from triscale.evaluation.encoder import Encoder
 from triscale.evaluation.suite import check_shifts, evaluate
@@ -169,6 +171,9 @@ def _go_on(run: Run, tokenizer: bytes) -> int:
 def _train(run: Run, done: checkpoint.Checkpoint | None) -> int:
     """From the last checkpoint to the last step; the exit status."""
     config, settings, size = run.config, run.config.train, run.config.batch.size
+    sources = describe_sources(run.reader.sources)
+    if done is not None:
+        require_unchanged(done.state.get("sources", sources), sources)
     optimizer = make_optimizer(config, run.modules)
     quarantine = Quarantine(run.files.quarantine if distributed.rank() == 0 else None, config.data.max_bad)
     step = _make_step(run)
@@ -178,11 +183,10 @@ def _train(run: Run, done: checkpoint.Checkpoint | None) -> int:
         optim.load_optimizer(optimizer, done.optimizer())
         step.load_state_dict({"steps": done.step})
         quarantine.load_state_dict(done.state["quarantine"])
-    rows, held = open_batches(config, run.reader, run.device, start)
-    with StopFlag() as stop, _open_log(run) as log, contextlib.closing(rows):
+    with StopFlag() as stop, _open_log(run) as log, contextlib.ExitStack() as opened:
         log.cut(start)
         _note_start(run, log, quarantine, step, start)
-        log.note(held)
+        rows = opened.enter_context(contextlib.closing(open_batches(config, run.reader, run.device, start, log)))
         outcome = train(
             step=step,
             optimizer=optimizer,
@@ -194,7 +198,7 @@ def _train(run: Run, done: checkpoint.Checkpoint | None) -> int:
             clip_norm=config.optim.clip_norm,
             after_step=run.after_step,
             record=_recorder(run, step, log),
-            save=partial(_save, run, optimizer, quarantine),
+            save=partial(_save, run, optimizer, quarantine, sources),
             checkpoint_every_steps=settings.checkpoint_every_steps,
             checkpoint_every_minutes=settings.checkpoint_every_minutes,
             evaluate=partial(_scores, run) if run.sets else None,
@@ -272,13 +276,17 @@ def _note_start(run: Run, log: RunLog, quarantine: Quarantine, step: Contrastive
     log.note(f"{run.files.folder}: step {start} of {steps}, batch {size}; {plans}; {describe_optimizer(run.config)}")
 
 
-def _save(run: Run, optimizer: Optimizer, quarantine: Quarantine, steps: int) -> None:
+def _save(run: Run, optimizer: Optimizer, quarantine: Quarantine, sources: list[dict[str, Any]], steps: int) -> None:
     checkpoint.save(
         run.files.folder,
         steps,
         model=checkpoint.module_tensors(run.modules),
         optimizer=optim.optimizer_tensors(optimizer),
-        state={"position": steps * run.config.batch.size, "quarantine": quarantine.state_dict()},
+        state={
+            "position": steps * run.config.batch.size,
+            "quarantine": quarantine.state_dict(),
+            "sources": sources,
+        },
         keep=run.config.train.keep_checkpoints,
         average=run.average and run.average.tensors(),
     )

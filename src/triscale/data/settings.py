@@ -112,6 +112,9 @@ class DataSettings:
     workers: int = 1
     """Processes that read, decode and augment; 0: the training process does it itself, and whenever a batch is too
     large to be held (see memory.host_gib)."""
+    stall_seconds: float = 600.0
+    """Seconds for which a worker may be at one sample while its batch is awaited; then it has stalled, and the workers
+    are started again, once. To be longer than a read with all its retries takes. 0: they are waited for without end."""
     max_bad: float = 0.05
     """Largest fraction of bad samples before the run stops."""
 

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -20,6 +21,7 @@ from rich.text import Text
 
 from triscale import distributed
 from triscale.errors import RunError
+from triscale.training.starvation import Advise, Starvation
 
 METRICS = "metrics.jsonl"
 
@@ -54,10 +56,13 @@ class RunLog:
         self._file: FileIO | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)
+        self._step = 0
+        self._starvation: Starvation | None = None
 
     def cut(self, step: int) -> None:
         """Remove what was logged after `step`, and any torn line, as a resume from that step's checkpoint needs."""
         self._close_file()
+        self._step = step
         if not self._main or not self.path.exists():
             return
         temporary = self.path.with_name(f".{self.path.name}.temporary")
@@ -79,8 +84,10 @@ class RunLog:
             metrics: JSON values; numbers that are not finite become null.
         """
         self._write({"step": step, "seconds": time.monotonic() - self._began, **metrics})
+        self._step = step
         if not self._main:
             return
+        self._look_for_starvation(metrics)
         if self._first_step is None:
             self._first_step = step - 1
         summary = _summary(metrics, self._chance_loss, self._seconds_left(step, self._first_step))
@@ -100,6 +107,21 @@ class RunLog:
         if self._main:
             self._console.print(Text(printable(message)), soft_wrap=True)
 
+    def notice(self, line: str) -> None:
+        """Show a line about what happened and write it down: {"step", "seconds", "notice"}, `step` being the last one.
+
+        Ranks other than 0 say it on stderr, since it is they that it happened to. May be called by any thread.
+        """
+        if not self._main:
+            print(f"process {distributed.rank()}: {printable(line)}", file=sys.stderr, flush=True)
+            return
+        self._write({"step": self._step, "seconds": time.monotonic() - self._began, "notice": line})
+        self.note(line)
+
+    def watch_data(self, advise: Advise) -> None:
+        """From now on give notice, once, when the towers wait for data, and once more at a good end."""
+        self._starvation = Starvation(advise)
+
     def close(self) -> None:
         """End the progress bar and close the file."""
         if self._progress is not None:
@@ -113,7 +135,19 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            summary = self._starvation.summary() if self._starvation is not None and error is None else None
+            if summary is not None:
+                self.note(summary)
+        finally:
+            self.close()
+
+    def _look_for_starvation(self, metrics: Mapping[str, Any]) -> None:
+        if self._starvation is None:
+            return
+        line = self._starvation.add(metrics["data_wait"], metrics["samples_per_second"])
+        if line is not None:
+            self.notice(line)
 
     def _write(self, record: dict[str, Any]) -> None:
         if not self._main:
@@ -155,7 +189,7 @@ def printable(text: str) -> str:
 
 
 def _summary(metrics: Mapping[str, Any], chance_loss: float, seconds_left: float) -> str:
-    """One line: loss against ln B, in-batch accuracy, logit scale, speed, time left; without what was not measured."""
+    """One line: loss against ln B, accuracy, logit scale, speed, data wait, time left, as far as they were measured."""
     parts = [f"loss {metrics.get('loss', math.nan):.3f} (ln B {chance_loss:.3f})"]
     if "accuracy" in metrics:
         parts.append(f"accuracy {metrics['accuracy']:.1%}")
@@ -163,6 +197,8 @@ def _summary(metrics: Mapping[str, Any], chance_loss: float, seconds_left: float
         parts.append(f"logit scale {metrics['logit_scale']:.1f}")
     if "samples_per_second" in metrics:
         parts.append(f"{metrics['samples_per_second']:.0f} samples/s")
+    if "data_wait" in metrics:
+        parts.append(f"data wait {metrics['data_wait']:.0%}")
     if metrics.get("skipped"):
         parts.append("skipped: not finite")
     parts.append(f"{timedelta(seconds=round(seconds_left))} left")

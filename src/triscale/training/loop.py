@@ -246,7 +246,7 @@ def _next_batch(batches: Iterator[Batch | StreamedBatch], device: torch.device) 
         raise
     except RunError as failure:
         error = failure
-    waiting = 1
+    failed, waiting = 0, 1
     while waiting:  # for a rank whose data is late, see `tell_waiting`
         failed, waiting = _agree(int(error is not None), 0, device=device)
     if error is not None:
