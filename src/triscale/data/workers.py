@@ -146,11 +146,13 @@ class _Workers(Generic[Made]):
 
     def __init__(self, make: Callable[[range], Made], workers: int, ranges: Iterable[range]) -> None:
         self.make = make
+        self.workers: list[Worker] = []
         context = start_method()
         # Of each worker what it noted last, and when.
         self._board = context.RawArray("q", [NOTHING, 0] * workers)
         with signals_held():
-            self.workers = [Worker(context, make, self._board, number) for number in range(workers)]
+            for number in range(workers):
+                self.workers.append(Worker(context, make, self._board, number))
         _running.add(self)
         self._asked = self._given = 0
         for wanted in ranges:

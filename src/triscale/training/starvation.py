@@ -83,11 +83,12 @@ def verdict(
     """
     possible = samples_per_second / max(1 - share, 0.01)
     needed = math.ceil(max(workers, 1) * possible / samples_per_second)
+    many = processes > 1
     if not held or not workers:
-        readers = "the training process reads" if processes == 1 else "the training processes read"
+        readers = "the training processes read" if many else "the training process reads"
     else:
-        each = f" in each of {processes} processes" if processes > 1 else ""
-        readers = f"{workers} worker{'s deliver' if workers > 1 else ' delivers'}" + each
+        each = f" in each of {processes} processes" if many else ""
+        readers = f"1 worker{each} deliver{'' if many else 's'}" if workers == 1 else f"{workers} workers{each} deliver"
     return (
         f"the towers waited for data {share:.0%} of the last {steps} steps: {readers} {samples_per_second:,.0f} "
         f"samples/s, the towers could take {possible:,.0f}; {_advice(workers, needed, cores, busy, held)}, see "
