@@ -6,6 +6,7 @@ and go on from there to the weights of a run that nothing happened to.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -315,3 +316,87 @@ def test_a_resume_after_an_out_of_memory_begins_with_what_fitted(
     assert_same_weights(folder / "resumed", folder / "small")
     before, after = (json.loads((folder / name / "resolved.json").read_text()) for name in ("out of memory", "resumed"))
     assert after == before, "memory ran out again"
+
+
+class Train:
+    """`triscale train` in a process of its own."""
+
+    def __init__(self, folder: Path, config: Path, *options: str) -> None:
+        self.folder = folder
+        command = [sys.executable, "-m", "triscale", "train", "--config", str(config), "--run.dir", str(folder)]
+        self.process = subprocess.Popen(
+            [*command, *options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def kill_workers(self, pools: int) -> list[psutil.Process]:
+        """Kill the data workers as soon as they are there, `pools` times; all that ever ran beside the run."""
+        seen: dict[int, psutil.Process] = {}
+        killed: set[int] = set()
+        while self.process.poll() is None and len(killed) < pools:
+            with contextlib.suppress(psutil.Error):
+                for server in psutil.Process(self.process.pid).children():
+                    seen[server.pid] = server
+                    for worker in server.children():
+                        seen[worker.pid] = worker
+                        if worker.pid not in killed and len(killed) < pools:
+                            killed.add(worker.pid)
+                            worker.kill()
+            time.sleep(0.005)
+        return list(seen.values())
+
+    def end(self) -> tuple[int, list[str]]:
+        """Exit status and the lines of stderr."""
+        said = self.process.communicate(timeout=240)[1]
+        return self.process.returncode, said.splitlines()
+
+
+def assert_gone(processes: Sequence[psutil.Process]) -> None:
+    """None of `processes` may run for much longer; one that has ended may still wait for somebody to ask how."""
+    deadline = time.monotonic() + 10
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while process.status() != psutil.STATUS_ZOMBIE:
+                assert time.monotonic() < deadline, process
+                time.sleep(0.05)
+
+
+def test_a_run_whose_workers_are_killed_twice_ends_with_a_checkpoint_and_goes_on_to_the_same_weights(
+    config_file: Path, tmp_path: Path
+) -> None:
+    undisturbed = Train(tmp_path / "undisturbed", config_file, "--data.workers", "1")
+    assert undisturbed.end()[0] == 0
+
+    run = Train(tmp_path / "run", config_file, "--data.workers", "1", "--train.checkpoint-every-steps", "0")
+    processes = run.kill_workers(2)
+    status, said = run.end()
+    assert status == 1 and not [line for line in said if "Traceback" in line]
+    assert said[-1].startswith("triscale: data worker 0 ") and "was killed " in said[-1] and ": it " in said[-1]
+    assert said[-1].endswith("it is the second time that data workers failed")
+    (notice,) = [line for line in said if "all data workers are started again at position" in line]
+    assert "data worker 0 " in notice and "was killed " in notice
+    assert_gone(processes)
+
+    again = Train(tmp_path / "run", config_file, "--data.workers", "1")
+    again.kill_workers(1)
+    status, said = again.end()
+    assert status == 0, said
+    assert len([line for line in said if "all data workers are started again at position" in line]) == 1
+    assert_same_weights(tmp_path / "run", tmp_path / "undisturbed")
+
+
+def test_a_run_whose_workers_fail_late_ends_with_a_checkpoint_of_what_was_done(
+    config_file: Path, tmp_path: Path
+) -> None:
+    run = Train(tmp_path / "run", config_file, "--data.workers", "1", "--train.checkpoint-every-steps", "0")
+    deadline = time.monotonic() + 120
+    while last_step(run.folder) < 2:
+        assert run.process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    run.kill_workers(2)
+    status, said = run.end()
+    (newest,) = checkpoints(run.folder)
+    assert (status, newest) == (1, last_step(run.folder)), said

@@ -24,6 +24,9 @@ ONE_CAPTION = replace(SETTINGS, caption_fields=("txt",), caption_part_dropout=0.
 class Labelled(Pictures):
     """Pictures with labels, of which some are missing."""
 
+    def file(self, index: int) -> str:
+        return self.name
+
     def read(self, index: int, *, image: bool = True) -> Sample:
         label = None if index % 7 == 0 else str(index % 5).encode()
         return replace(super().read(index, image=image), label=label)

@@ -32,10 +32,12 @@ from triscale.data.loader import batches, require_batch, rows_in_flight
 from triscale.data.order import Order
 from triscale.data.rows import Batch, BatchReader, Row, StreamedBatch
 from triscale.data.samples import Sample
+from triscale.data.shards import ShardSource
 from triscale.data.sources import open_source
 from triscale.errors import RunError, UsageError
 from triscale.models.settings import ModelSettings
 from triscale.runs import train_run
+from triscale.training import starvation
 from triscale.training.settings import BatchSettings, MemorySettings, OptimSettings, RunSettings, TrainSettings
 
 
@@ -285,6 +287,43 @@ def test_a_run_whose_batches_do_not_fit_the_host_ends_as_one_that_holds_them(
     shutil.rmtree(tmp_path / name / "checkpoints" / "step_00000004")
     assert train_run(run_config(tmp_path, name, host_gib=1e-5), "toy") == 0
     assert_same_outcome(tmp_path / name, tmp_path / "held")
+
+
+def test_a_resume_refuses_a_source_that_has_grown_and_one_of_an_older_version_does_not_look(tmp_path: Path):
+    write_shard(tmp_path / "00000.tar", 60, bad=[])
+    config = run_config(tmp_path, "run")
+    assert train_run(config, "toy") == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
+    shutil.copy(tmp_path / "00000.tar", tmp_path / "00001.tar")
+    with pytest.raises(UsageError, match=r"\*\.tar held 60 samples when the run was begun, now 120: .*--run\.dir"):
+        train_run(config, "toy")
+    state = tmp_path / "run" / "checkpoints" / "step_00000002" / "state.json"
+    values = json.loads(state.read_text())
+    assert values.pop("sources")[0]["samples"] == 60
+    state.write_text(json.dumps(values))
+    assert train_run(config, "toy") == 0
+
+
+def test_a_run_with_a_slow_source_says_that_its_towers_wait_and_what_would_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    write_shard(tmp_path / "00000.tar", 60, bad=[])
+    original = ShardSource.read
+
+    def slow(source: ShardSource, index: int, *, image: bool = True) -> Sample:
+        time.sleep(0.04)
+        return original(source, index, image=image)
+
+    monkeypatch.setattr(ShardSource, "read", slow)
+    monkeypatch.setattr(rows, "CACHE_BYTES", 0)
+    monkeypatch.setattr(starvation, "STEPS", 2)
+    monkeypatch.setattr(starvation, "FIRST_STEPS", 1)
+    for name, gib, advice in (("held", 1.0, "raise --data.workers to"), ("streamed", 1e-5, "raise --memory.host-gib")):
+        assert train_run(run_config(tmp_path, name, host_gib=gib), "toy") == 0
+        lines = [line for line in capfd.readouterr().err.splitlines() if "the towers waited for data" in line]
+        assert len(lines) == 2 and all(advice in line and "the training process reads" in line for line in lines)
+        logged = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in logged if "notice" in line] == [3]
 
 
 SIGNALLED = """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pictures import SETTINGS, make_reader
+from pictures import SETTINGS, make_reader, rules
 from shards import write_shards
 from triscale.data import rows
 from triscale.data.augment import Augmentation
@@ -57,7 +57,9 @@ def sizes_after(folder: Path, samples: list[int]) -> list[list[int]]:
 def shard_reader(folder: str | Path) -> BatchReader:
     source = open_shards("*.tar", root=folder)
     order = Order([len(source)], seed=0)
-    return BatchReader([source], order, make_reader().tokenizer, Augmentation(SETTINGS.augment, 12), SETTINGS, 0)
+    return BatchReader(
+        [source], [rules(SETTINGS)], order, make_reader().tokenizer, Augmentation(SETTINGS.augment, 12), SETTINGS, 0
+    )
 
 
 @pytest.fixture

@@ -35,6 +35,9 @@ class Shards(Pictures):
         super().__init__(sum(counts), bad)
         self.shard_counts = np.array(counts)
 
+    def file(self, index: int) -> str:
+        return self.name
+
     def read(self, index: int, *, image: bool = True) -> Sample:
         sample = super().read(index, image=image)
         return replace(sample, text=f"picture {index // 2}".encode(), label=str(index % 4).encode())

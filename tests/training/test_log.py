@@ -146,3 +146,33 @@ def test_names_from_data_are_neither_markup_nor_terminal_commands(tmp_path: Path
 def test_printable_text_stays_as_it_is() -> None:
     assert printable("Grüße 猫 🙂 a\nb") == "Grüße 猫 🙂 a\nb"
     assert printable("\x1b\r\x9b") == "\\x1b\\r\\x9b"
+
+
+def test_a_notice_is_shown_and_written_with_the_last_step(tmp_path: Path) -> None:
+    with run_log(tmp_path) as log:
+        log.step(7, METRICS)
+        log.notice("a worker [bold]died[/] \x1b[2J")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 7 and lines[-1]["notice"] == "a worker [bold]died[/] \x1b[2J"
+    assert "a worker [bold]died[/] \\x1b[2J" in shown(log)
+    run_log(tmp_path).cut(6)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_towers_that_wait_are_told_of_once_and_again_at_a_good_end(tmp_path: Path) -> None:
+    waiting = {**METRICS, "data_wait": 0.4, "samples_per_second": 100.0}
+    with run_log(tmp_path) as log:
+        log.watch_data(lambda share, speed, steps: f"verdict {share:.2f} {speed:.0f} {steps}")
+        for step in range(1, 101):
+            log.step(step, waiting)
+        assert "data wait 40%" in shown(log)
+        assert shown(log).count("verdict 0.40 100 50") == 1
+    assert shown(log).rstrip().endswith("verdict 0.40 100 90")
+    notices = [line for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if "verdict" in line]
+    assert len(notices) == 1 and json.loads(notices[0])["step"] == 60
+    with pytest.raises(RunError), run_log(tmp_path) as log:
+        log.watch_data(lambda share, speed, steps: "verdict")
+        for step in range(1, 101):
+            log.step(step, waiting)
+        raise RunError("the end")
+    assert shown(log).count("verdict") == 1

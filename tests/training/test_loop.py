@@ -9,7 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from pictures import SETTINGS, Pictures, make_reader
 from ranks import run_ranks
 from triscale import distributed
+from triscale.data.loader import batches
 from triscale.data.quarantine import BadRecord, Quarantine
 from triscale.data.rows import Batch
+from triscale.data.samples import Sample
 from triscale.errors import LostProcess, RunError
 from triscale.training import checkpoint
 from triscale.training.log import RunLog
-from triscale.training.loop import Outcome, StopFlag, train
+from triscale.training.loop import Outcome, StopFlag, tell_waiting, train
 from triscale.training.optim import OPTIMIZERS, load_optimizer, optimizer_tensors, parameter_groups
 from triscale.training.schedule import learning_rate
 from triscale.training.settings import OptimSettings
@@ -304,6 +309,31 @@ def test_unreadable_data_ends_the_run_with_a_checkpoint_of_what_was_done(tmp_pat
     assert again.saved == []
 
 
+def test_time_that_a_batch_is_read_in_counts_as_waiting_whether_before_the_step_or_in_it(tmp_path: Path) -> None:
+    class Slow(Pictures):
+        def read(self, index: int, *, image: bool = True) -> Sample:
+            time.sleep(0.02)
+            return super().read(index, image=image)
+
+    def waits(folder: Path, held: bool) -> list[float]:
+        run = Run(folder, total_steps=3)
+        folder.mkdir()
+
+        def step(inputs: dict[str, Any], ids: Any = None) -> StepOutput:
+            images, loss = inputs["image"][0:ROWS], torch.zeros(())
+            assert len(images) == ROWS and len(ids[0:ROWS]) == ROWS
+            time.sleep(0.05)
+            return StepOutput(loss, {})
+
+        settings = replace(SETTINGS, image_size=12)
+        rows = batches(make_reader(Slow(), settings), start=0, batch_size=ROWS, last=3 * ROWS, held=held)
+        run.train(step=step, batches=rows, quarantine=Quarantine(None, 1.0))
+        return [line["data_wait"] for line in run.metrics()]
+
+    for held in (True, False):
+        assert all(0.4 < share < 0.9 for share in waits(tmp_path / str(held), held))
+
+
 def test_a_step_that_fails_ends_the_run_with_a_checkpoint_of_the_last_good_one(tmp_path: Path) -> None:
     """As a batch that is read in the step does, when its source fails."""
     run = Run(tmp_path)
@@ -484,6 +514,8 @@ def disturbed_rank(rank: int, world: int, folder: str, what: str) -> dict[str, A
             if rank == 1 and batch.position == 4 * ROWS:
                 if what == "signal":
                     run.stop.signal = int(signal.SIGTERM)
+                for _ in range(3 if what == "waiting" else 0):
+                    tell_waiting(torch.device("cpu"))
                 if what == "data":
                     raise RunError("shard 3 could not be read")
             key = f"{rank}:{batch.position}"
@@ -512,7 +544,7 @@ def disturbed_rank(rank: int, world: int, folder: str, what: str) -> dict[str, A
 def several(rank: int, world: int, folder: str) -> dict[str, dict[str, Any]]:
     """All disturbances in one spawn."""
     results = {}
-    for what in ("signal", "data", "bad", "record"):
+    for what in ("signal", "data", "bad", "waiting", "record"):
         path = Path(folder) / what
         path.mkdir(exist_ok=True)
         distributed.barrier()
@@ -530,6 +562,8 @@ def test_what_one_rank_meets_with_all_ranks_agree_on(tmp_path: Path) -> None:
     assert first["data"]["newest"] == second["data"]["newest"] == 4
     # Bad samples of rank 1 count on both.
     assert first["bad"]["bad"] == second["bad"]["bad"] == {"image-empty": 12}
+    # A rank may wait for its data for longer than a collective may take, as long as it says so.
+    assert first["waiting"]["outcome"] == second["waiting"]["outcome"] == (12, 0)
     # What rank 0 alone could not write ends both after the same step.
     assert "No space" in first["record"]["message"] and "another process" in second["record"]["message"]
     assert first["record"]["newest"] == 6

@@ -46,14 +46,43 @@ class Worker:
     def __init__(self, context: BaseContext, make: Callable[[range], Any], board: Any, number: int) -> None:
         asked, self.asks = context.Pipe(duplex=False)
         self.results, results = context.Pipe(duplex=False)
+        self._number = number
         self.heard = 0.0
         """When something came from it, by time.monotonic()."""
         arguments = (make, board, number, asked, results)
         self.process = context.Process(target=_work, args=arguments, daemon=True)  # type: ignore[attr-defined]
-        self.process.start()
+        self.begun = True
+        """Whether it came to live; one that was killed at once has no pipe to be told what to do."""
+        try:
+            self.process.start()
+        except (ConnectionError, EOFError):
+            self.begun = False
         # So that this process sees the end of the one pipe when the worker is gone, and the worker that of the other.
         asked.close()
         results.close()
+
+    def __str__(self) -> str:
+        return f"data worker {self._number}" + (f" (process {self.process.pid})" if self.begun else "")
+
+    def how_it_died(self, seconds: float) -> str:
+        """What the system says of its end, which is waited for for `seconds` at most."""
+        if not self.begun:
+            return "was killed as it began"
+        self.process.join(seconds)
+        status = self.process.exitcode
+        if status is None or status >= 0:
+            return f"has ended with status {status}"
+        name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+        return f"was killed by {name}" + (", for want of memory perhaps" if name == "SIGKILL" else "")
+
+    def end(self, seconds: float) -> None:
+        """Wait for its end, for `seconds` at most; then make one."""
+        if not self.begun:
+            return
+        self.process.join(seconds)
+        if self.process.is_alive():  # in a read that does not return, for instance
+            self.process.kill()
+            self.process.join(2.0)
 
     def receive(self, left: Callable[[], float]) -> bytearray:
         """The next message. `left` gives the seconds that may be waited, again and again, or raises."""

@@ -81,6 +81,10 @@ class RemoteShards:
         """The number of samples in each shard."""
         return self._counts
 
+    def file(self, index: int) -> str:
+        """URL of the shard that sample `index` lies in."""
+        return self.urls[int(np.searchsorted(self._ends, index, side="right"))]
+
     def read(self, index: int, *, image: bool = True) -> Sample:
         """Sample `index`, 0 <= index < len, of a shard that is fetched if it is not there; see `ShardSource.read`.
 

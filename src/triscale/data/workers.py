@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import math
 import pickle
-import signal
 import sys
 import threading
 import time
@@ -89,7 +88,7 @@ def _made_here(make: Callable[[range], Made], ranges: Iterable[range], watch: Wa
 
     def stalled() -> None:
         watch.report(
-            f"the training process has made no batch for {watch.stall_seconds:g} s: it {watch.describe(noted())}; "
+            f"the training process has made no batch for {watch.stall_seconds:g} s: it {_doing(noted(), watch)}; "
             "with --data.workers it would be read anew"
         )
 
@@ -181,18 +180,15 @@ class _Workers(Generic[Made]):
             until = until if watch.stall_seconds else math.inf
             if until <= now:
                 raise _Failed(
-                    f"data worker {number} (process {worker.process.pid}) has stalled for {watch.stall_seconds:g} s: "
-                    f"it {self._doing(number, watch)}"
+                    f"{worker} has stalled for {watch.stall_seconds:g} s: it {_doing(self._board[2 * number], watch)}"
                 )
             return max(0.0, min(until, last_beat + watch.beat_seconds) - now)
 
         try:
             result = pickle.loads(worker.receive(left))
         except EOFError:
-            worker.process.join(_SECONDS_TO_END)
             raise _Failed(
-                f"data worker {number} (process {worker.process.pid}) {_how_it_died(worker.process.exitcode)}: "
-                f"it {self._doing(number, watch)}"
+                f"{worker} {worker.how_it_died(_SECONDS_TO_END)}: it {_doing(self._board[2 * number], watch)}"
             ) from None
         self._given += 1
         return result
@@ -205,18 +201,14 @@ class _Workers(Generic[Made]):
             worker.results.close()
         deadline = time.monotonic() + _SECONDS_TO_END
         for worker in self.workers:
-            worker.process.join(max(0.0, deadline - time.monotonic()))
-        for worker in self.workers:
-            if worker.process.is_alive():  # in a read that does not return, for instance
-                worker.process.kill()
-                worker.process.join(_SECONDS_TO_END)
+            worker.end(max(0.0, deadline - time.monotonic()))
 
     def __del__(self) -> None:
         self.close()  # of a generator that was never begun
 
-    def _doing(self, number: int, watch: Watch) -> str:
-        noted = self._board[2 * number]
-        return "had nothing under way" if noted == NOTHING else watch.describe(noted)
+
+def _doing(noted: int, watch: Watch) -> str:
+    return "had nothing under way" if noted == NOTHING else watch.describe(noted)
 
 
 _running: weakref.WeakSet[_Workers[Any]] = weakref.WeakSet()
@@ -226,10 +218,3 @@ _running: weakref.WeakSet[_Workers[Any]] = weakref.WeakSet()
 def _close_all() -> None:
     for pool in list(_running):
         pool.close()
-
-
-def _how_it_died(status: int | None) -> str:
-    if status is None or status >= 0:
-        return f"has ended with status {status}"
-    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
-    return f"was killed by {name}" + (", for want of memory perhaps" if name == "SIGKILL" else "")
