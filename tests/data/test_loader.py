@@ -311,7 +311,7 @@ def test_a_run_with_a_slow_source_says_that_its_towers_wait_and_what_would_help(
     original = ShardSource.read
 
     def slow(source: ShardSource, index: int, *, image: bool = True) -> Sample:
-        time.sleep(0.04)
+        time.sleep(0.01)
         return original(source, index, image=image)
 
     monkeypatch.setattr(ShardSource, "read", slow)
