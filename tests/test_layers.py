@@ -17,7 +17,6 @@ SOURCE = Path(__file__).parents[1] / "src"
 LAYERS = """
 errors randomness distributed
 data: __init__ settings samples unchanged permutation shuffle order distinct paths entries tar files shard_index shards
-data: __init__ settings samples unchanged permutation shuffle order distinct paths entries tar files shard_index shards
 data: cache remote headers decode augment lists captions text folders tables csv_rows parquet hub drawing scene_words
 data: scenes sources quarantine processes workers indexing stats stats_page rows ids loader mixture pack
 models: __init__ settings presets normalisation coatnet image text hf_text projection dual_encoder prompts
