@@ -23,7 +23,7 @@ models: __init__ settings presets normalisation coatnet image text hf_text proje
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps
 losses: dense tiled contrastive info_nce sigmoid nt_xent classification __init__
 training: __init__ settings host_memory parallel memory plan recovery remat batch_norm compilation staging lane step
-training: verify schedule adafactorw lars optim checkpoint ema starvation log loop
+training: lockstep verify schedule adafactorw lars optim tensor_file checkpoint ema starvation log loop
 evaluation: __init__ settings datasets encoder zeroshot retrieval suite report
 config run_folder inference
 recipes: scenes emoji clipart __init__
@@ -155,4 +155,4 @@ def test_a_module_can_be_read_in_one_sitting(module: str) -> None:
 
 
 def test_the_walk_sees_the_imports_that_are_there() -> None:
-    assert imports("triscale.__main__") == {"__future__", "sys", "triscale.cli"}
+    assert imports("triscale.__main__") == {"__future__", "os", "sys", "typing", "triscale.cli"}

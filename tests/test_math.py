@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import ranks
-from triscale import losses
+from triscale import distributed, losses
 from triscale.training import parallel
 from triscale.training.memory import SavedActivations
 from triscale.training.remat import rematerialise
@@ -262,7 +262,7 @@ def collectives_of_rank(rank: int, world: int) -> dict[str, dict[str, list[int]]
         found[f"{kind} {exchange} {'none' if given is None else 'ids'}"] = counted.calls
     for reduce, keep in SHARDED:
         block = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 16))
-        tower = parallel.shard(nn.Sequential(block, nn.Linear(16, WIDTH)), [block], device_type="cpu")
+        tower = parallel.shard(nn.Sequential(block, nn.Linear(16, WIDTH)), [block], distributed.mesh("cpu", 1, 60))
         step = ContrastiveStep(
             {"image": tower, "text": nn.Linear(6, WIDTH)}, dot_loss, micro_batch=2, keep=keep, reduce=reduce
         )

@@ -69,7 +69,7 @@ def test_the_installed_version_is_the_one_that_the_package_and_the_changelog_nam
     assert f"## {triscale.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"\nversion: {triscale.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     (script,) = metadata.entry_points
-    assert (script.name, script.value) == ("triscale", "triscale.cli:main")
+    assert (script.name, script.value) == ("triscale", "triscale.__main__:run")
 
 
 def test_the_installed_command_answers_help_from_any_folder(installed: Path) -> None:

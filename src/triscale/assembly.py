@@ -39,14 +39,15 @@ from triscale.losses import PAIR_LOSSES
 from triscale.losses.contrastive import ContrastiveLoss
 from triscale.models.dual_encoder import DualEncoder, build_dual_encoder
 from triscale.randomness import derive_seed
-from triscale.training import optim
+from triscale.training import optim, parallel
 from triscale.training.batch_norm import synchronise_batch_norm
 from triscale.training.compilation import compile_tower
 from triscale.training.ema import WeightAverage
 from triscale.training.lane import seeded
+from triscale.training.lockstep import Lockstep
 from triscale.training.memory import GIB
 from triscale.training.plan import LanePlan
-from triscale.training.remat import rematerialise
+from triscale.training.remat import blocks_of, rematerialise
 from triscale.training.schedule import BASE_BATCH, SCALES, learning_rate
 from triscale.training.settings import parse_compile, parse_per_lane, parse_remat
 from triscale.training.step import ContrastiveStep
@@ -190,12 +191,57 @@ def compile_towers(config: RunConfig, towers: Mapping[str, nn.Module]) -> None:
         compile_tower(towers[lane], mode)
 
 
+def is_sharded(config: RunConfig) -> bool:
+    """Whether this run shards its towers; one process has nobody to share them with."""
+    return config.parallel.shard == "full" and distributed.world_size() > 1
+
+
+def check_sharding(config: RunConfig, device: torch.device) -> None:
+    """Raise UsageError for a sharding that these processes or this device cannot have. Within the process group."""
+    settings, world = config.parallel, distributed.world_size()
+    if settings.replicas > 1 and (world % settings.replicas or world == settings.replicas):
+        raise UsageError(
+            f"--parallel.replicas {settings.replicas} must divide the {world} processes into groups of two or more"
+        )
+    if is_sharded(config) and device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--parallel.shard full is for cuda and cpu, not {device.type}")
+    if settings.offload and device.type != "cuda":
+        raise UsageError("--parallel.offload keeps what a CUDA device does not hold: there is none here")
+
+
+def place_model(config: RunConfig, model: DualEncoder, loss: ContrastiveLoss, device: torch.device) -> None:
+    """Make towers rematerialise, be compiled and be sharded as the config says, and move all to the device. In place.
+
+    In this order; the optimizer is made afterwards, and checkpoints are loaded then.
+    """
+    towers, settings = model.towers(), config.parallel
+    prepare_towers(config, towers)
+    compile_towers(config, towers)
+    if not is_sharded(config):
+        model.to(device)
+    else:
+        mesh = distributed.mesh(device.type, settings.replicas, config.train.collective_timeout_seconds)
+        dtype = torch.bfloat16 if settings.parameters == "bfloat16" else None
+        for tower in towers.values():  # from the host, block by block: a card never holds a whole tower
+            parallel.shard(tower, blocks_of(tower), mesh, gathered_dtype=dtype, offload=settings.offload)
+    loss.to(device)
+
+
+def describe_sharding(config: RunConfig) -> str:
+    """What is sharded, for the log; empty where nothing was asked for."""
+    settings, world = config.parallel, distributed.world_size()
+    if settings.shard == "none":
+        return ""
+    if world == 1:
+        return "; one process, nothing to shard"
+    groups = f" in {settings.replicas} groups" if settings.replicas > 1 else ""
+    return f"; towers sharded over {world} processes{groups}" + ", shards on the host" * settings.offload
+
+
 def make_step(
     config: RunConfig, model: DualEncoder, loss: ContrastiveLoss, plans: Mapping[str, LanePlan] | None = None
 ) -> ContrastiveStep:
-    """The exact step as the config, or a run's earlier resolution of "auto", has it; its towers are prepared."""
-    prepare_towers(config, model.towers())
-    compile_towers(config, model.towers())
+    """The exact step as the config, or a run's earlier resolution of "auto", has it, of towers in their place."""
     step = ContrastiveStep(
         model.towers(),
         loss,
@@ -205,6 +251,7 @@ def make_step(
         batch_norm=step_batch_norm(config),
         autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
         budget_bytes=int(config.memory.budget_gib * GIB) or None,
+        reduce=config.parallel.reduce,
     )
     step.plans.update(plans or {})
     return step
@@ -257,19 +304,31 @@ def evaluating(model: nn.Module, average: WeightAverage | None = None) -> Iterat
     """Evaluation mode without gradients, with the averaged weights if any; training mode and weights come back."""
     was_training = model.training
     model.eval()
+    parallel.drop_gathered(model)
     try:
-        with average.applied() if average else contextlib.nullcontext(), torch.inference_mode():
+        # Not in inference mode, in which FSDP2 would make what no later step can train with.
+        with average.applied() if average else contextlib.nullcontext(), torch.no_grad():
             yield
     finally:
+        parallel.drop_gathered(model)
         model.train(was_training)
 
 
 def make_encoder(config: RunConfig, model: DualEncoder, tokenizer: Tokenizer, device: torch.device) -> Encoder:
     """The model as evaluation sees it."""
+    size = config.data.image_size
+    tokens = partial(_tokens, tokenizer, device)
+    idle = {"image": torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device), "text": tokens([""])}
+    towers = Lockstep(model.towers(), idle)
     return Encoder(
-        image=lambda images: model.image(images.to(device)),
-        text=lambda texts: model.text(torch.from_numpy(tokenizer.encode(texts)).to(device)),
-        image_size=config.data.image_size,
+        image=lambda images: towers("image", images.to(device)),
+        text=lambda texts: towers("text", tokens(texts)),
+        image_size=size,
         fit=config.data.fit,
         device=str(device),
+        finish=towers.finish,
     )
+
+
+def _tokens(tokenizer: Tokenizer, device: torch.device, texts: Sequence[str]) -> torch.Tensor:
+    return torch.from_numpy(tokenizer.encode(texts)).to(device)

@@ -23,6 +23,7 @@ from triscale.training.settings import (
     LossSettings,
     MemorySettings,
     OptimSettings,
+    ParallelSettings,
     RunSettings,
     TrainSettings,
     parse_compile,
@@ -42,13 +43,18 @@ MAY_CHANGE = (
     "data.stall_seconds",
     "data.max_bad",
     "memory.",
+    "parallel.shard",
+    "parallel.replicas",
+    "parallel.reduce",
+    "parallel.offload",
     "train.checkpoint_every_",
     "train.keep_checkpoints",
     "train.eval_every_steps",
     "train.log_every_steps",
     "train.collective_timeout_seconds",
 )
-"""Beginnings of the names of fields that a resumed run may change, because no weight depends on them."""
+"""Beginnings of the names of fields that a resumed run may change: no weight depends on them, but for rounding where
+they say which process computes what, as the number of processes does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +69,7 @@ class RunConfig:
     loss: LossSettings = field(default_factory=LossSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
 
@@ -175,6 +182,7 @@ def validate(config: RunConfig) -> None:
         "model.text_heads": 1,
         "memory.budget_gib": 0,
         "memory.host_gib": 0,
+        "parallel.replicas": 1,
         "train.collective_timeout_seconds": 1,
         "optim.learning_rate": 0,
         "optim.weight_decay": 0,
@@ -211,6 +219,7 @@ def validate(config: RunConfig) -> None:
     parse_per_lane("--batch.micro", config.batch.micro, LANES, smallest=1)
     parse_per_lane("--batch.keep", config.batch.keep, LANES, smallest=0)
     _check_compilation(config.batch)
+    _check_sharding(config)
 
 
 def _check_compilation(batch: BatchSettings) -> None:
@@ -222,6 +231,15 @@ def _check_compilation(batch: BatchSettings) -> None:
             raise UsageError(f"{compiled} needs --batch.remat block or none there, not selective")
         if mode != "none" and batch.batch_norm == "synchronised":
             raise UsageError(f"{compiled} cannot be had with --batch.batch-norm synchronised")
+
+
+def _check_sharding(config: RunConfig) -> None:
+    """Raise UsageError for a way of sharding where nothing is sharded, and for half of bfloat16."""
+    changed = [name for name, value in vars(config.parallel).items() if value != getattr(ParallelSettings(), name)]
+    if config.parallel.shard == "none" and changed:
+        raise UsageError(f"--parallel.{changed[0]} is about sharded towers: add --parallel.shard full")
+    if config.parallel.parameters == "bfloat16" and config.train.precision != "bfloat16":
+        raise UsageError("--parallel.parameters bfloat16 needs --train.precision bfloat16")
 
 
 def _validate_ids(data: DataSettings) -> None:

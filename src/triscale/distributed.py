@@ -15,6 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from triscale.errors import LostProcess
 
@@ -197,6 +199,34 @@ def start_reduce(tensor: Tensor, to: int) -> Pending:
         return Pending(tensor, None)
     with _others():
         return Pending(tensor, dist.reduce(tensor, dst=to, op=dist.ReduceOp.SUM, async_op=True))
+
+
+def mesh(device_type: str, replicas: int, timeout_seconds: float) -> DeviceMesh:
+    """All processes as a mesh: one axis, or for more than one replica `replicas` rows of consecutive ranks each.
+
+    Args:
+        device_type: "cuda", "cpu".
+        replicas: divides W.
+        timeout_seconds: of collectives within rows and columns; those of all processes keep theirs.
+    """
+    if replicas == 1:
+        return init_device_mesh(device_type, (world_size(),))
+    grid = torch.arange(world_size()).view(replicas, -1)
+    timeout = timedelta(seconds=timeout_seconds)
+    with _others():
+        mine = [dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout)[0] for lines in (grid.T, grid)]
+    groups = [group for group in mine if isinstance(group, dist.ProcessGroup)]  # every rank is in both
+    return DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=("replicas", "shards"))
+
+
+def gather_shards(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, on every rank. A collective for a sharded one; any other comes back as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with _others():
+        parts = tensor.detach().to(tensor.device_mesh.device_type)  # those on the host travel from the card, as all do
+        assert isinstance(parts, DTensor)
+        return parts.full_tensor()
 
 
 def barrier() -> None:

@@ -20,7 +20,9 @@ from torch.optim import Optimizer
 from triscale import distributed
 from triscale.assembly import (
     check_model,
+    check_sharding,
     describe_optimizer,
+    describe_sharding,
     device_of,
     evaluating,
     make_average,
@@ -33,6 +35,7 @@ from triscale.assembly import (
     make_step,
     make_tokenizer,
     open_training_data,
+    place_model,
 )
 from triscale.config import RunConfig, validate
 from triscale.data.distinct import DistinctOrder
@@ -120,14 +123,14 @@ def train_run(config: RunConfig, recipe: str) -> int:
     check_shifts(sets, config.data.shifts)
     timeout = config.train.collective_timeout_seconds
     with advice(files.folder), distributed.process_group(device.type, timeout):
+        check_sharding(config, device)
         open_run_folder(files, config, recipe)
         with locked(files.folder):
             tokenizer = make_tokenizer(config, mixture, files.tokenizer)
             ids = make_ids(mixture, files.folder / "ids", device) if config.data.distinct_ids else None
             reader = make_reader(config, mixture, tokenizer, ids)
             model, loss = make_model(config, reader.tokenizer.vocabulary_size)
-            model.to(device)
-            loss.to(device)
+            place_model(config, model, loss, device)
             run = Run(
                 config=config,
                 recipe=recipe,
@@ -273,7 +276,8 @@ def _note_start(run: Run, log: RunLog, quarantine: Quarantine, step: Contrastive
         log.note(run.reader.order.describe(start * run.config.batch.size))
     plans = ", ".join(f"{lane}: {plan.micro_batch} at once, {plan.keep} kept" for lane, plan in step.plans.items())
     steps, size = run.config.train.steps, run.config.batch.size
-    log.note(f"{run.files.folder}: step {start} of {steps}, batch {size}; {plans}; {describe_optimizer(run.config)}")
+    how = f"{plans}; {describe_optimizer(run.config)}{describe_sharding(run.config)}"
+    log.note(f"{run.files.folder}: step {start} of {steps}, batch {size}; {how}")
 
 
 def _save(run: Run, optimizer: Optimizer, quarantine: Quarantine, sources: list[dict[str, Any]], steps: int) -> None:

@@ -36,13 +36,12 @@ def publish(
     sets: Sequence[EvaluationSet],
     logit_scale: float,
 ) -> None:
-    """Write results.json and a picture of test images with the model's guesses, and print the table; rank 0 alone.
+    """Write results.json and a picture of test images with the model's guesses, and print the table.
 
-    Sets of retrieval have no guesses; without any other there is no picture.
+    Rank 0 does so; all call it, for a model that they hold together. Sets of retrieval have no guesses; without any
+    other there is no picture.
     """
-    if distributed.rank() != 0:
-        return
-    write_results(files.results, results)
+    first = distributed.rank() == 0
     rows = [
         GuessRow(
             name=each.name,
@@ -50,8 +49,12 @@ def publish(
             guesses=top_guesses(encoder, each, count=PICTURE_IMAGES, logit_scale=logit_scale),
         )
         for each in sets
-        if each.task == "classification"
+        if first and each.task == "classification"
     ]
+    encoder.finish()
+    if not first:
+        return
+    write_results(files.results, results)
     if rows:
         draw_guesses(files.picture, title, rows)
     show(files, results)

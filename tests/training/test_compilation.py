@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import ranks
 import reference
+from triscale import distributed
 from triscale.errors import RunError, UsageError
 from triscale.losses import InfoNCE
 from triscale.models.text import TextTower
@@ -287,7 +288,7 @@ def sharded_errors(rank: int, world: int) -> dict[str, float]:
     for remat, keep in itertools.product(("none", "block"), (0, 1, 99)):
         towers = both_lanes(one, remat)
         for module in towers.values():
-            parallel.shard(module, list(module.get_submodule("blocks").children()), device_type="cpu")
+            parallel.shard(module, list(module.get_submodule("blocks").children()), distributed.mesh("cpu", 1, 60))
         found, replay_error = step_gradients(towers, {lane: rows[mine] for lane, rows in inputs.items()}, 6, keep)
         whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
         errors[f"{remat} {keep}"] = reference.largest_error(whole, expected)

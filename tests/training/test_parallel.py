@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 import ranks
 import reference
+from triscale import distributed
 from triscale.errors import UsageError
 from triscale.losses import InfoNCE
 from triscale.training import parallel
@@ -86,7 +87,7 @@ def resolve_auto(rank: int, world: int) -> list[dict[str, tuple[int, int]]]:
         towers = towers_of()
         if shard:
             for tower in towers.values():
-                parallel.shard(tower, list(tower.blocks), device_type="cpu")  # type: ignore[arg-type]
+                parallel.shard(tower, list(tower.blocks), distributed.mesh("cpu", 1, 60))  # type: ignore[arg-type]
         step = ContrastiveStep(towers, InfoNCE().double(), budget_bytes=100_000)
         plans.append({lane: tuple(plan) for lane, plan in step.resolve(inputs_of(64)).items()})
         step(inputs_of(64))

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 import ranks
 import reference
+from triscale import distributed
 from triscale.losses import InfoNCE, NTXent, Sigmoid
 from triscale.losses.contrastive import ContrastiveLoss
 from triscale.randomness import derive_seed
@@ -150,7 +151,7 @@ def of_step(
     for tower in towers.values():
         rematerialise(tower, remat)
         if sharded:
-            parallel.shard(tower, blocks_of(tower), device_type="cpu")
+            parallel.shard(tower, blocks_of(tower), distributed.mesh("cpu", 1, 60))
     module: ContrastiveLoss = LOSSES[loss](**FORMS[form]).to(dtype)
     lanes, ids = rows_of_ranks(loss, world, dtype)
     step = ContrastiveStep(

@@ -38,6 +38,9 @@ class Encoder:
     """Where the embeddings are."""
     batch_size: int = 256
     """Images, or texts, embedded at once."""
+    finish: Callable[[], None] = lambda: None
+    """Called by every process where it has embedded all it has to, and the others perhaps not: a model that processes
+    hold together serves them."""
 
     def embed_images(self, images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> Float[Tensor, "n d"]:
         """Make `images` (n >= 1) square and embed them: float32 rows of length 1."""
@@ -52,14 +55,19 @@ class Encoder:
         return F.normalize(torch.cat(embeddings).float(), dim=-1)
 
 
-def read_batches(evaluation_set: EvaluationSet, batch_size: int) -> Iterator[tuple[list[Example], int]]:
-    """Read this process's batches of a set: each the examples that can be read, and the number that can't."""
+def read_batches(evaluation_set: EvaluationSet, encoder: Encoder) -> Iterator[tuple[list[Example], int]]:
+    """Read this process's batches of a set: each the examples that can be read, and the number that can't.
+
+    To be read to its end by all processes, which wait there for each other where the encoder asks for it.
+    """
+    batch_size = encoder.batch_size
     batches = -(-len(evaluation_set) // batch_size)
     rank, world = distributed.rank(), distributed.world_size()
     for batch in range(batches * rank // world, batches * (rank + 1) // world):
         indices = range(batch * batch_size, min((batch + 1) * batch_size, len(evaluation_set)))
         examples = [example for example in (_read(evaluation_set, index) for index in indices) if example]
         yield examples, len(indices) - len(examples)
+    encoder.finish()
 
 
 def _read(evaluation_set: EvaluationSet, index: int) -> Example | None:

@@ -119,7 +119,7 @@ def _scores_of_positives(
 def _embed(encoder: Encoder, evaluation_set: EvaluationSet) -> tuple[Tensor, Tensor, Tensor, int]:
     """All processes' embeddings: of images (n, d), of texts (m, d), each text's image (m,), and the bad samples."""
     images, texts, captions_of_image, bad = [], [], [], 0
-    for examples, unreadable in read_batches(evaluation_set, encoder.batch_size):
+    for examples, unreadable in read_batches(evaluation_set, encoder):
         bad += unreadable
         if examples:
             images.append(encoder.embed_images([example.image for example in examples]))

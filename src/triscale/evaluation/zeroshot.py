@@ -57,7 +57,7 @@ def evaluate_classification(
     classes = len(evaluation_set.classnames)
     counts = torch.zeros(3, classes, dtype=torch.int64, device=classifier.device)  # samples, first, among five
     left_out = torch.zeros(2, dtype=torch.int64, device=classifier.device)  # bad, not finite
-    for examples, bad in read_batches(evaluation_set, encoder.batch_size):
+    for examples, bad in read_batches(evaluation_set, encoder):
         left_out[0] += bad
         if not examples:
             continue

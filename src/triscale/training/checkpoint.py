@@ -16,17 +16,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from triscale import distributed
 from triscale.errors import RunError, UsageError
+from triscale.training.parallel import drop_gathered, shard_like
+from triscale.training.tensor_file import in_file_order, write
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -74,7 +76,9 @@ def save(
     keep: int,
     average: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write checkpoints/step_STEP below the run folder, then leave the `keep` newest. Only rank 0 writes.
+    """Write checkpoints/step_STEP below the run folder, then leave the `keep` newest.
+
+    Rank 0 writes; sharded tensors are gathered one after the other, so every rank calls this with the same names.
 
     A good checkpoint of the same step stays as it is: what a run holds at a step is a pure function of the run.
     Checkpoints of later steps go too: a run that saves `step` has gone back behind them because they are damaged.
@@ -93,9 +97,25 @@ def save(
     """
     if keep < 1 or any(key in state for key in _OWN_KEYS):
         raise ValueError(f"keep must be at least 1 (is {keep}), and state must not hold any of {_OWN_KEYS}")
-    if distributed.rank() != 0:
-        return
-    parent = folder / "checkpoints"
+    files = {MODEL: model, OPTIMIZER: optimizer, **({} if average is None else {AVERAGE: average})}
+    files = {name: in_file_order(tensors) for name, tensors in files.items()}
+    whole = (distributed.gather_shards(tensor) for tensors in files.values() for tensor in tensors.values())
+    try:
+        if distributed.rank() == 0:
+            _save(folder / "checkpoints", step, files, whole, state, keep)
+    finally:
+        deque(whole, maxlen=0)  # a rank that does not write, or cannot, takes part in what is gathered all the same
+
+
+def _save(
+    parent: Path,
+    step: int,
+    files: Mapping[str, Mapping[str, Tensor]],
+    whole: Iterator[Tensor],
+    state: Mapping[str, Any],
+    keep: int,
+) -> None:
+    """`save`, on the rank that writes."""
     final = parent / f"{_STEP}{step:08d}"
     temporary = parent / f"{_TEMPORARY}{final.name}"
     try:
@@ -104,14 +124,13 @@ def save(
             _discard(final)
         if not final.exists():
             temporary.mkdir(parents=True)
-            files = {MODEL: model, OPTIMIZER: optimizer, **({} if average is None else {AVERAGE: average})}
-            _write(temporary, step, files, state)
+            _write(temporary, step, files, whole, state)
             temporary.rename(final)
         _sync(parent)
         _prune(parent, step, keep)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = error.strerror or str(error)
         raise RunError(f"checkpoint {final} could not be written: {reason}; earlier checkpoints are intact") from error
 
 
@@ -141,7 +160,9 @@ def module_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def load_into(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Copy a checkpoint's tensors into modules, which stay on their devices; what belongs to other modules is left.
+    """Copy a checkpoint's tensors into modules, which stay on their devices and sharded as they are.
+
+    What belongs to other modules is left.
 
     Raises:
         UsageError: a name or a shape does not fit; nothing was copied then.
@@ -160,39 +181,31 @@ def load_into(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -
         )
     for prefix, module in modules.items():
         start = f"{prefix}."
-        module.load_state_dict({name.removeprefix(start): t for name, t in found.items() if name.startswith(start)})
+        mine = {name: shard_like(t, expected[name]) for name, t in found.items() if name.startswith(start)}
+        drop_gathered(module)
+        module.load_state_dict({name.removeprefix(start): tensor for name, tensor in mine.items()})
 
 
 def _shape(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else str(tuple(tensor.shape))
 
 
-def _write(folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+def _write(
+    folder: Path,
+    step: int,
+    files: Mapping[str, Mapping[str, Tensor]],
+    whole: Iterator[Tensor],
+    state: Mapping[str, Any],
+) -> None:
     """Write the files of tensors and the state into `folder` and sync them and it."""
-    for name, tensors in files.items():
-        save_file(_own_storage(tensors), folder / name)
-        _sync(folder / name)
-    content = {**state, "step": step, "files": {name: _fingerprint(folder / name) for name in files}}
+    written = {name: write(folder / name, tensors, whole) for name, tensors in files.items()}
+    content = {**state, "step": step, "files": written}
     # As it will be read: JSON makes tuples lists and keys strings.
     content = json.loads(json.dumps(content, allow_nan=False))
     text = json.dumps({**content, "blake2b": _digest(content)}, indent=1)
     (folder / STATE).write_text(text, encoding="utf-8")
     _sync(folder / STATE)
     _sync(folder)
-
-
-def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, each with memory of its own as safetensors asks (tied weights are copied)."""
-    owned: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        owned[name] = tensor
-    return owned
 
 
 def _read(path: Path, with_optimizer: bool = True) -> Checkpoint:

@@ -44,9 +44,9 @@ def split_evenly(rows: int, parts: int) -> list[slice]:
 
 
 def device_of(tower: nn.Module) -> torch.device:
-    """Where a tower's parameters are; the CPU if it has none."""
+    """Where a tower's parameters are used; the CPU if it has none."""
     parameter = next(tower.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+    return torch.device("cpu") if parameter is None else parallel.compute_device(parameter)
 
 
 def is_trainable(tower: nn.Module) -> bool:
@@ -105,6 +105,7 @@ class Lane:
         if self.device.type == "cuda":
             compilation.refuse_cuda_graphs(tower)
         self.first_kept = max(0, len(parts) - keep) if self.trainable else len(parts)
+        self.entered = False  # whether anything went through the tower
         self.kept: list[Tensor] = []
         self.embeddings: Tensor | None = None
         self.seen = torch.empty(0)
@@ -113,7 +114,7 @@ class Lane:
     def embed(self, inputs: Tensor, rows: slice) -> Tensor:
         """Tower outputs (m, d) of `inputs`, in float32 or better, under the random numbers of `rows`."""
         seed = derive_seed("tower", *self.seed, self.name, self.first_row + rows.start)
-        dtype = self.autocast_dtype
+        dtype, self.entered = self.autocast_dtype, True
         with seeded(seed, self.device), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             output = self.tower(inputs)
         return output.to(torch.promote_types(output.dtype, torch.float32))
@@ -179,10 +180,16 @@ class Lane:
                 rows = self.parts[index]
                 output = self.kept.pop() if self.kept else self._embed_again(next(ahead), rows)
                 if self.sharded:
-                    parallel.reduce_with_next_backward(self.tower, self.reduce == "every" or index == 0)
+                    parallel.reduce_with_next_backward(self.tower, self.reduce == "every" or index == 0, index == 0)
                 torch.autograd.backward(output, gradient[rows])
                 del output  # before the next one is made
         put_back(buffers)
+
+    def abandon(self, again: bool) -> None:
+        """Let go of what a failed step has made; `again`: such that another attempt may follow."""
+        self.kept.clear()  # now, however long the exception's traceback lives
+        if self.sharded and again and self.entered:
+            parallel.reset_after_failure(self.tower)
 
     def _embed_again(self, inputs: Tensor, rows: slice) -> Tensor:
         with torch.enable_grad():

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from triscale.errors import UsageError
 from triscale.training.adafactorw import AdaFactorW, state_shape
 from triscale.training.lars import LARS
-from triscale.training.parallel import shard_like
+from triscale.training.parallel import gradient_norm, local_part, shard_like
 from triscale.training.settings import OptimSettings
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")
@@ -165,7 +165,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave; parameters that had no state then have none afterwards.
+    """Put back what `optimizer_tensors` gave, whole tensors; parameters that had no state then have none afterwards.
 
     Raises:
         UsageError: a tensor belongs to no parameter, or its shape is not the parameter's.
@@ -198,14 +198,21 @@ def _named_parameters(optimizer: torch.optim.Optimizer) -> dict[str, nn.Paramete
     }
 
 
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Float[Tensor, ""]:
     """Scale all gradients down so that their common L2 norm is at most `max_norm`; 0: only measure.
+
+    A collective where parameters are sharded.
 
     Returns:
         The norm before clipping; not finite where a gradient is not.
     """
     held = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in held if parameter.grad is not None])
+    norm = gradient_norm(held)
     if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(held, max_norm, norm)
+        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        parts = [local_part(parameter.grad) for parameter in held if parameter.grad is not None]
+        for device in {part.device for part in parts}:
+            here = [part for part in parts if part.device == device]
+            torch._foreach_mul_(here, factor.to(device))  # pyright: ignore[reportPrivateImportUsage]
     return norm

@@ -2,8 +2,12 @@
 
 The gradient of the whole contrastive batch is the *sum* over ranks of what each rank's rows give. A bare tower's
 gradients are summed by one all-reduce after the last micro-batch. FSDP2 reduces by itself, with every micro-batch or
-once, and takes the *mean*: so what goes back into a sharded tower is multiplied by the number of ranks beforehand.
-(FSDP2's own `set_gradient_divide_factor` acts on each module alone and fails on gloo.)
+once, and takes the *mean* over all ranks, those that hold copies included: so what goes back into a sharded tower is
+multiplied by the number of ranks beforehand. (FSDP2's own `set_gradient_divide_factor` acts on each module alone and
+fails on gloo.)
+
+Where several groups of ranks each hold a whole tower (HSDP), gradients are summed within a group as above, and over the
+groups, whose links are slower, once a step.
 """
 
 from __future__ import annotations
@@ -13,33 +17,48 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from triscale import distributed
-from triscale.errors import UsageError
+from triscale.errors import RunError, UsageError
 
 
 def shard(
-    tower: nn.Module, blocks: Sequence[nn.Module], *, device_type: str, policy: MixedPrecisionPolicy | None = None
+    tower: nn.Module,
+    blocks: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    gathered_dtype: torch.dtype | None = None,
+    offload: bool = False,
 ) -> nn.Module:
-    """Shard a tower's parameters over all ranks by FSDP2: each of `blocks` by itself, the rest together. In place.
+    """Shard a tower's parameters over ranks by FSDP2: each of `blocks` by itself, the rest together. In place.
 
     A block's parameters are gathered when it is used and dropped afterwards, so that a rank holds 1/W of the tower
-    and one block. To be called last: after rematerialisation and compilation, before the optimizer is made.
+    (in W/R ranks' groups: R/W) and one block. Parameters and buffers move to the mesh's device block by block. To be
+    called last: after rematerialisation and compilation, before the optimizer is made.
 
     Args:
-        tower: bare.
+        tower: bare, with the same weights on every rank.
         blocks: its repeated parts, as `remat.blocks_of` gives them.
-        device_type: "cuda", "cpu".
-        policy: arithmetic of parameters and reductions; None: as they are.
+        mesh: all ranks, see `distributed.mesh`.
+        gathered_dtype: what parameters travel and are used in; shards and sums of gradients stay in float32.
+        offload: keep shards, their gradients and so the optimizer's state in the host's memory (CUDA).
     """
-    mesh = init_device_mesh(device_type, (distributed.world_size(),))
+    precision = MixedPrecisionPolicy(gathered_dtype, None if gathered_dtype is None else torch.float32)
     for module in (*blocks, tower):
-        fully_shard(module, mesh=mesh, mp_policy=policy or MixedPrecisionPolicy())
+        policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=policy)
     return tower
+
+
+def compute_device(parameter: Tensor) -> torch.device:
+    """Where a parameter is used: its own device, or for one whose shards are kept on the host, the mesh's."""
+    if isinstance(parameter, DTensor) and parameter.device.type != parameter.device_mesh.device_type:
+        return torch.device(parameter.device_mesh.device_type, torch.accelerator.current_device_index())
+    return parameter.device
 
 
 def is_sharded(tower: nn.Module) -> bool:
@@ -54,18 +73,40 @@ def is_sharded(tower: nn.Module) -> bool:
     return bool(sharded)
 
 
-def reduce_with_next_backward(tower: nn.Module, now: bool) -> None:
-    """Whether a sharded tower reduces its gradients in the next backward pass, or gathers them for a later one."""
+def reduce_with_next_backward(tower: nn.Module, now: bool, last: bool) -> None:
+    """How a sharded tower treats its gradients in the next backward pass.
+
+    Args:
+        now: they are reduced, or gathered for a later pass.
+        last: the last pass of the step; groups of ranks that hold copies add theirs up.
+    """
     for module in _outermost(tower):
         module.set_requires_gradient_sync(now)
+        module.set_requires_all_reduce(last)
         module.set_is_last_backward(now)
 
 
 def drop_gathered(tower: nn.Module) -> None:
-    """Let go of parameters that a sharded tower gathered for a forward pass."""
+    """Let go of parameters that a sharded tower gathered for a forward pass.
+
+    To be called before parameters change otherwise than by an optimizer: what was gathered would be used once more.
+    """
     for module in tower.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def reset_after_failure(tower: nn.Module) -> None:
+    """Make a sharded tower usable again after a pass through it raised on all ranks; gradients under way are lost.
+
+    Raises:
+        RunError: this release of torch cannot.
+    """
+    for module in _outermost(tower):
+        reset = getattr(module, "reset_iter_state", None)
+        if reset is None:
+            raise RunError("a sharded tower cannot be tried again in this release of torch: lower --batch.micro")
+        reset()
 
 
 def _outermost(module: nn.Module) -> list[FSDPModule]:
@@ -132,6 +173,12 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def copies(tensor: DTensor) -> int:
+    """How many ranks hold each part of a sharded tensor."""
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if not isinstance(placement, Shard))
+
+
 def shard_axis(tensor: Tensor) -> int | None:
     """The axis along which a tensor is divided over ranks; None: every rank holds all of it.
 
@@ -154,13 +201,10 @@ def sum_over_shards(sums: Sequence[tuple[Tensor, Tensor]]) -> None:
             complete and stay as they are. The same parameters in the same order on every rank.
     """
     sharded = [(p, part) for p, part in sums if isinstance(p, DTensor) and shard_axis(p) is not None]
-    distributed.all_reduce_sum_coalesced([part for _, part in sharded])
-    for parameter, part in sharded:
-        mesh, placements = parameter.device_mesh, parameter.placements
-        # Where shards are kept in several copies (HSDP), each was counted once for every copy.
-        copies = math.prod(mesh.size(i) for i, placement in enumerate(placements) if not isinstance(placement, Shard))
-        if copies > 1:
-            part /= copies
+    totals = [part.to(compute_device(parameter)) for parameter, part in sharded]
+    distributed.all_reduce_sum_coalesced(totals)
+    for (parameter, part), total in zip(sharded, totals, strict=True):
+        part.copy_(total / copies(parameter))  # each was counted once for every copy (HSDP)
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -178,3 +222,19 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     ]
     # Every rank has the whole: nothing need travel.
     return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, placements, src_data_rank=None)
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The L2 norm of all gradients together, shards of other ranks included: a scalar where the first is used."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    if not sharded:
+        return norm
+    device = compute_device(sharded[0])
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    for count in sorted({copies(gradient) for gradient in sharded}):
+        parts = [local_part(gradient) for gradient in sharded if copies(gradient) == count]
+        squares += nn.utils.get_total_norm(parts).to(device).double().square() / count
+    total = distributed.all_reduce_sum(squares) + norm.to(device).double().square()
+    return total.sqrt().to(torch.promote_types(norm.dtype, torch.float32))

@@ -133,6 +133,25 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    """How several processes share the memory of the towers and of the optimizer. Nothing of it acts on one process."""
+
+    shard: Literal["none", "full"] = "none"
+    """none: each process holds all; full: each holds a part of every parameter, its gradient and optimizer state, and
+    the others' of one block at a time while it is used (FSDP2)."""
+    replicas: int = 1
+    """Groups of processes that each hold the whole, divided among them (HSDP); e.g. one a node."""
+    reduce: Literal["every", "once"] = "every"
+    """Sum gradients over a group with every micro-batch, or once a step, which sends less and holds whole gradients
+    meanwhile. Over groups they are summed once a step."""
+    parameters: Literal["float32", "bfloat16"] = "float32"
+    """What parameters are sent and used in while they are gathered; bfloat16 needs --train.precision bfloat16. Shards,
+    sums of gradients and optimizer state stay float32."""
+    offload: bool = False
+    """Keep shards, their gradients and the optimizer's state in the host's memory, for CUDA."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """Where a run lives."""
 

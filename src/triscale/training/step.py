@@ -148,10 +148,10 @@ class ContrastiveStep:
                 for lane in reversed(lanes):
                     lane.second_pass(gradients.pop())
             self._reduce()
-        except Exception:
-            for lane in lanes:
-                lane.kept.clear()  # now, however long the exception's traceback lives
+        except Exception as error:
             self._undo(buffers)
+            for lane in lanes:
+                lane.abandon(again=isinstance(error, OutOfMemory))
             raise
         return StepOutput(loss, {**metrics, "replay_error": max(lane.replay_error for lane in lanes)})
 
