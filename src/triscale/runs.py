@@ -150,6 +150,7 @@ def train_run(config: RunConfig, recipe: str) -> int:
 def _go_on(run: Run, tokenizer: bytes) -> int:
     """Train from the newest checkpoint, if any, to the end, then evaluate; the exit status."""
     done = checkpoint.latest(run.files.folder, report=lambda line: run.console.print(line, markup=False))
+    checkpoint.require_same(done, run.device)
     if done is not None:
         checkpoint.load_into(run.modules, done.model())
         if run.average:

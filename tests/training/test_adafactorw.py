@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import ranks
 import reference
+from triscale import distributed
 from triscale.errors import UsageError
 from triscale.losses import InfoNCE
 from triscale.training import adafactorw, parallel
@@ -206,7 +207,7 @@ def contrastive_losses(rank: int, world: int, name: str, sharded: bool) -> dict[
     loss = InfoNCE()
     if sharded:
         for tower in towers.values():
-            parallel.shard(tower, [tower.first], device_type="cpu")
+            parallel.shard(tower, [tower.first], distributed.mesh("cpu", 1, 60))
     groups = parameter_groups({**towers, "loss": loss}, 0.1)
     optimizer = OPTIMIZERS[name](groups, OptimSettings(learning_rate=1e-2))
     step = ContrastiveStep(towers, loss, micro_batch=3, keep=1)

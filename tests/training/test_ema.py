@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ranks
+from triscale import distributed
 from triscale.errors import UsageError
 from triscale.losses import InfoNCE
 from triscale.training import parallel
@@ -126,7 +127,7 @@ def average_of(world: int) -> dict[str, Tensor]:
     torch.manual_seed(0)
     tower = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 7))
     if world > 1:
-        parallel.shard(tower, [], device_type="cpu")
+        parallel.shard(tower, [], distributed.mesh("cpu", 1, 60))
     average = WeightAverage({"image": tower}, decay=0.9)
     for step in range(4):
         with torch.no_grad():

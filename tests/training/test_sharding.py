@@ -261,6 +261,11 @@ def everything(rank: int, world: int, folder: str, steps: int) -> dict[str, Any]
         found["memory"].append(after_out_of_memory(replicas))
         found["uneven"].append(embed_unevenly(replicas))
     found["relay"] = relay(folder, max(REPLICAS[world]), steps)
+    try:
+        own = checkpoint.Checkpoint(Path(f"step_{rank}"), rank, {})
+        checkpoint.require_same(own if rank else None, torch.device("cpu"))
+    except RunError as error:
+        found["apart"] = str(error)
     return {**found, "in vain": save_in_vain(f"{folder}/in_vain_{world}")}
 
 
@@ -337,6 +342,11 @@ def test_ranks_may_embed_unequal_numbers_of_batches(by_rank: list[dict[str, Any]
 def test_a_checkpoint_that_cannot_be_written_is_an_error_on_the_writer_alone(by_rank: list[dict[str, Any]]) -> None:
     first, *others = [found["in vain"] for found in by_rank]
     assert "could not be written" in first and not any(others)
+
+
+def test_processes_that_see_different_checkpoints_say_so(by_rank: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(by_rank):
+        assert f"(process {rank}: {f'step_{rank}' if rank else 'none'})" in found["apart"]
 
 
 def test_a_checkpoint_goes_on_with_other_numbers_of_processes(

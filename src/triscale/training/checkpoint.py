@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -150,6 +151,22 @@ def latest(
         except (OSError, ValueError) as error:
             report(f"checkpoint {path} is damaged ({error}); using the one before it")
     return None
+
+
+def require_same(found: Checkpoint | None, device: torch.device) -> None:
+    """Raise RunError, on all ranks, if they have not found the same checkpoint. A collective.
+
+    Args:
+        found: what `latest` gave on this rank.
+        device: where collectives take their tensors from.
+    """
+    step = torch.tensor(-1 if found is None else found.step, device=device)
+    least, most = (int(agree(step.clone())) for agree in (distributed.all_reduce_min, distributed.all_reduce_max))
+    if least != most:
+        raise RunError(
+            f"processes see different checkpoints (process {distributed.rank()}: {found.path if found else 'none'}): "
+            "the run folder must be on a file system that all nodes share"
+        )
 
 
 def module_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
