@@ -43,7 +43,7 @@ MISTAKES = {
 
 
 def small_config(folder: Path) -> RunConfig:
-    """A run of seconds, with dropout, replayed micro-batches and two evaluations. Its data must be in the folder."""
+    """A run of seconds, with averaged weights, replayed micro-batches and two evaluations. Its data must be in the folder."""
     return RunConfig(
         data=DataSettings(
             train=("scenes",),
@@ -63,7 +63,7 @@ def small_config(folder: Path) -> RunConfig:
             embedding=8,
         ),
         batch=BatchSettings(size=32, micro="4", keep="1"),
-        optim=OptimSettings(warmup_steps=2),
+        optim=OptimSettings(warmup_steps=2, ema=0.9),
         train=TrainSettings(steps=STEPS, checkpoint_every_steps=2, eval_every_steps=2, device="cpu"),
     )
 
@@ -162,7 +162,7 @@ def test_results_are_those_of_one_process_though_most_processes_have_nothing_to_
 
 
 def test_a_folder_written_by_sharded_processes_is_like_any_other(folder: Path) -> None:
-    for file in ("model", "optimizer"):
+    for file in ("model", "optimizer", "average"):
         found, expected = (
             load_file(folder / run / f"checkpoints/step_{STEPS:08d}/{file}.safetensors") for run in ("four", "alone")
         )
