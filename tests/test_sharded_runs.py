@@ -43,7 +43,7 @@ MISTAKES = {
 
 
 def small_config(folder: Path) -> RunConfig:
-    """A run of seconds, with averaged weights, replayed micro-batches and two evaluations. Its data must be in the folder."""
+    """A run of seconds: averaged weights, replayed micro-batches and two evaluations; its data are in the folder."""
     return RunConfig(
         data=DataSettings(
             train=("scenes",),
