@@ -28,7 +28,8 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from triscale.data.decode import decode_image, fit_square
+from triscale.data.decode import decode_image
+from triscale.data.resize import fit_square
 
 Decode = Callable[[bytes], Any]
 IMAGES = {"small": 4, "large": 2}

@@ -102,6 +102,10 @@ def test_a_field_that_changes_the_numbers_is_refused_by_name(section: str, chang
         RunConfig(optim=OptimSettings(cooldown_steps=-1)),
         RunConfig(loss=LossSettings(logit_scale=0.0)),
         RunConfig(data=DataSettings(max_bad=1.5)),
+        RunConfig(data=DataSettings(augment=AugmentSettings(crop_area=(0.0, 1.0)))),
+        RunConfig(data=DataSettings(augment=AugmentSettings(crop_area=(0.5, 1.1)))),
+        RunConfig(data=DataSettings(augment=AugmentSettings(crop_area=(0.9, 0.8)))),
+        RunConfig(data=DataSettings(augment=AugmentSettings(crop_aspect=(0.0, 1.0)))),
         RunConfig(data=DataSettings(caption_templates=("no slot",))),
     ],
 )

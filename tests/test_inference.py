@@ -18,7 +18,8 @@ from torch import Tensor
 import triscale
 import triscale.inference
 from triscale.config import to_dict
-from triscale.data.decode import decode_image, fit_square
+from triscale.data.decode import decode_image
+from triscale.data.resize import fit_square
 from triscale.data.text import train_tokenizer
 from triscale.errors import UsageError
 from triscale.inference import BATCH_SIZE, ZeroShotModel

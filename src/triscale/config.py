@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -206,6 +207,13 @@ def validate(config: RunConfig) -> None:
         raise UsageError(f"--model.image-std is {config.model.image_std}: each must be above 0")
     if not 0 < config.optim.layer_decay <= 1:
         raise UsageError(f"--optim.layer-decay is {config.optim.layer_decay}: it must be above 0 and at most 1")
+    for name, largest in (("crop_area", 1.0), ("crop_aspect", math.inf)):
+        low, high = values[f"data.augment.{name}"]
+        if not 0 < low <= high <= largest:
+            raise UsageError(
+                f"--data.augment.{name.replace('_', '-')} is {low} {high}: it must be above 0, the smaller number first"
+                + (f", at most {largest:g}" if largest == 1 else "")
+            )
     if config.loss.logit_scale <= 0:
         raise UsageError(f"--loss.logit-scale is {config.loss.logit_scale}: it must be above 0")
     if config.model.text_width % config.model.text_heads:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from triscale.data.augment import Augmentation
+from triscale.data.augment import Augmentation, _resample
 from triscale.data.settings import AugmentSettings
 from triscale.randomness import generator
 
@@ -114,13 +114,67 @@ def test_each_setting_alone_changes_images(name: str) -> None:
 
 
 def test_the_table_of_settings_that_are_tested_is_complete() -> None:
-    assert {field.name for field in fields(AugmentSettings)} == set(ALWAYS) | {"fill"}
+    assert {field.name for field in fields(AugmentSettings)} == set(ALWAYS) | {"fill", "crop_area", "crop_aspect"}
 
 
 def test_flipping_mirrors_exactly() -> None:
     augmentation = Augmentation(replace(OFF, flip=1.0), 40)
     images = pictures(6, 40)
     assert torch.equal(augmentation.apply(images, numbers(augmentation, 6)), images.flip(-1))
+
+
+@pytest.mark.parametrize("side", [7, 32, 33, 224])
+def test_mirroring_alone_gives_the_bytes_of_resampling(side: int) -> None:
+    """Index operations stand in for the sampling grid, with which runs were begun."""
+    augmentation = Augmentation(replace(OFF, flip=0.5), side)
+    images, drawn = pictures(8, side), numbers(augmentation, 8)
+    mirrored = drawn[:, 0] < 0
+    assert mirrored.any() and not mirrored.all()
+    sampled = _resample(images.float() / 255, drawn[:, :18], side, white=False)
+    assert torch.equal(augmentation.apply(images, drawn), (sampled * 255 + 0.5).to(torch.uint8))
+
+
+def test_nothing_becomes_a_float_where_nothing_but_flip_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("floats")
+
+    monkeypatch.setattr(Augmentation, "_apply", fail)
+    images = pictures(6, 24)
+    for settings in (OFF, replace(OFF, crop_area=(0.5, 1.0)), replace(OFF, flip=0.5, crop_area=(0.5, 1.0))):
+        augmentation = Augmentation(settings, 24)
+        before = images.clone()
+        changed = augmentation.apply(images, numbers(augmentation, 6))
+        assert (changed is images) == (settings.flip == 0)
+        assert torch.equal(images, before), "the images given are left alone"
+
+
+def test_cropping_does_not_change_what_the_others_draw_nor_they_the_crop() -> None:
+    plain, cropping = Augmentation(EVERYTHING, 32), Augmentation(replace(EVERYTHING, crop_area=(0.2, 0.9)), 32)
+    assert torch.equal(numbers(plain, 20), numbers(cropping, 20))
+    assert plain.draw_crop(generator("a")) is None
+    alone = Augmentation(replace(OFF, crop_area=(0.2, 0.9)), 32)
+    for number in range(5):
+        first, second = generator("a", number), generator("a", number)
+        cropping.draw(first), alone.draw(second)
+        assert cropping.draw_crop(first) == alone.draw_crop(second) is not None
+
+
+@pytest.mark.parametrize(
+    ("augment", "canvas", "mean", "slope"),
+    [
+        (EVERYTHING, 48, 215.70631, 3424.7035),
+        (replace(OFF, flip=0.5), 33, 226.61991, 3633.2142),
+        (OFF, 48, 227.43496, 3674.1906),
+    ],
+)
+def test_without_crops_images_are_what_they_were_before_there_were_any(
+    augment: AugmentSettings, canvas: int, mean: float, slope: float
+) -> None:
+    """Figures of the version before: its runs must go on as they began. Means, so that another processor agrees."""
+    augmentation = Augmentation(augment, 33)
+    images = augmentation.apply(pictures(8, canvas), numbers(augmentation, 8)).double()
+    assert images.mean().item() == pytest.approx(mean, abs=2e-3)
+    assert (images * torch.arange(33)).mean().item() == pytest.approx(slope, abs=5e-2)
 
 
 def test_quarter_turns_are_exact_rotations() -> None:

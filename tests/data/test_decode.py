@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from odd_files import encode, oriented, picture, png
-from triscale.data.decode import decode_image, fit_square, image_extension
+from triscale.data import decode
+from triscale.data.crop import Box
+from triscale.data.decode import EncodedImage, decode_image, image_extension, reduction
+from triscale.data.resize import crop_square, fit_square
 from triscale.data.samples import BadSample
 
 
@@ -305,3 +308,114 @@ def test_enlarging_keeps_a_plain_colour() -> None:
 def test_a_thin_picture_does_not_grow_beyond_bounds() -> None:
     thin = np.zeros((1, 2_000_000, 3), np.uint8)  # resized before it is cropped it would take 1.5 GB
     assert (fit_square(thin, 16, "crop") == 0).all()
+
+
+# Boxes.
+
+
+def boxed(whole: np.ndarray, box: Box, size: int, unit: int = 1) -> np.ndarray:
+    """Pillow's antialiased bicubic of the box of the whole image, its edges rounded to multiples of `unit`."""
+    corners = (box.left, box.top, box.left + box.width, box.top + box.height)
+    edges = tuple((corner + unit // 2) // unit * unit for corner in corners)
+    return np.asarray(Image.fromarray(whole).resize((size, size), Image.Resampling.BICUBIC, box=edges)).astype(int)
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    """Smoothed noise, with detail at every scale as photographs have it."""
+    rng = np.random.default_rng(0)
+    image = np.zeros((height, width, 3))
+    for side in (3, 8, 20, 60, 200):
+        coarse = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        image += np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)) / side**0.5
+    return ((image - image.min()) / np.ptp(image) * 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "box", "size", "unit"),
+    [
+        ((375, 500), Box(3, 6, 476, 365), 224, 1),
+        ((375, 500), Box(60, 31, 120, 90), 224, 1),
+        ((768, 1024), Box(5, 13, 974, 747), 224, 2),
+        ((768, 1024), Box(301, 200, 451, 455), 224, 2),
+        ((1201, 1603), Box(9, 2, 1590, 1199), 224, 4),
+        ((1200, 1600), Box(7, 5, 1590, 1190), 96, 8),
+    ],
+)
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_a_box_comes_out_as_the_whole_image_cropped_and_reduced_by_pillow(
+    shape: tuple[int, int], box: Box, size: int, unit: int, subsampling: int
+) -> None:
+    """Within a mean of one grey level: what decodes a fraction of a JPEG averages fine detail in other proportions."""
+    data = encode(Image.fromarray(noise(*shape)), "JPEG", quality=90, subsampling=subsampling)
+    assert 8 // reduction([box], size) == unit
+    (square,) = EncodedImage(data).crops([box], size)
+    distance = np.abs(square.astype(int) - boxed(decode_image(data), box, size, unit))
+    assert distance.mean() <= (0.1 if unit == 1 else 1.0)
+    assert distance.max() <= (3 if unit == 1 else 16)
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.sampled_from(["JPEG", "PNG"]), st.data())
+@settings(max_examples=60)
+def test_every_box_of_every_image_becomes_a_square(width: int, height: int, size: int, form: str, data) -> None:
+    left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    box = Box(left, top, data.draw(st.integers(1, width - left)), data.draw(st.integers(1, height - top)))
+    image = EncodedImage(encode(Image.fromarray(np.full((height, width, 3), 90, np.uint8)), form))
+    assert image.size == (width, height)
+    (square,) = image.crops([box], size)
+    assert square.shape == (size, size, 3) and square.flags.writeable
+    assert np.abs(square.astype(int) - 90).max() <= 2
+
+
+def test_a_box_of_a_lossless_image_is_cut_before_it_is_resized() -> None:
+    image = picture(60, 80)
+    (square,) = EncodedImage(encode(Image.fromarray(image), "PNG")).crops([Box(11, 7, 32, 32)], 32)
+    assert np.array_equal(square, image[7:39, 11:43])
+    assert np.array_equal(crop_square(image, Box(11, 7, 32, 32), 32), square)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_boxes_of_grey_and_cmyk_jpegs(mode: str) -> None:
+    data = encode(Image.fromarray(picture(200, 240)).convert(mode), "JPEG", quality=95)
+    box = Box(20, 30, 200, 150)
+    (square,) = EncodedImage(data).crops([box], 50)
+    unit = 2 if mode == "L" else 1
+    assert np.abs(square.astype(int) - boxed(decode_image(data), box, 50, unit)).mean() < 1
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_are_told_in_the_upright_image(form: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(picture(240, 320)), form, exif=exif, lossless=True, quality=95)
+    image, upright = EncodedImage(data), decode_image(data)
+    assert image.size == (upright.shape[1], upright.shape[0])
+    assert image.size == ((240, 320) if orientation >= 5 else (320, 240))
+    box = Box(40, 24, 160, 176)
+    (square,) = image.crops([box], 40)
+    assert np.abs(square.astype(int) - boxed(upright, box, 40)).mean() < 2
+
+
+def test_two_boxes_of_one_decoding_are_those_that_need_it_most() -> None:
+    data = encode(Image.fromarray(noise(800, 800)), "JPEG", quality=90)
+    large, small = Box(0, 0, 800, 800), Box(100, 100, 60, 60)
+    assert (reduction([large], 50), reduction([small], 50), reduction([large, small], 50)) == (1, 8, 8)
+    both = EncodedImage(data).crops([large, small], 50)
+    assert np.array_equal(both[1], EncodedImage(data).crops([small], 50)[0])
+    for square, box in zip(both, (large, small), strict=True):
+        assert np.abs(square.astype(int) - boxed(decode_image(data), box, 50)).max() <= 2
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_a_cut_off_file_has_no_boxes(form: str) -> None:
+    data = encode(Image.fromarray(noise(64, 64)), form, lossless=True)
+    with pytest.raises(BadSample) as bad:
+        image = EncodedImage(data[: len(data) // 2])
+        image.crops([Box(0, 0, *image.size)], 8)
+    assert bad.value.reason == "image-truncated"
+
+
+def test_pillow_is_not_asked_about_plain_jpegs(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(Image.fromarray(picture()), "JPEG", comment=b"Exif here is no segment", icc_profile=b"profile")
+    monkeypatch.setattr(decode, "_open", None)
+    assert decode_image(data).shape == (24, 36, 3)

@@ -26,7 +26,7 @@ from torch import Tensor
 from pictures import SETTINGS, Pictures, assert_equal, joined, make_reader
 from pictures import rules as rules_of
 from triscale.config import RunConfig
-from triscale.data import loader, rows
+from triscale.data import canvases, loader, rows
 from triscale.data.augment import Augmentation
 from triscale.data.loader import batches, require_batch, rows_in_flight
 from triscale.data.order import Order
@@ -259,7 +259,7 @@ def test_a_run_whose_batches_do_not_fit_the_host_ends_as_one_that_holds_them(
 ):
     """Bitwise the same weights and the same quarantine, with the images of three micro-batches in memory at most."""
     write_shard(tmp_path / "00000.tar", 120, bad=range(0, 120, 10))
-    monkeypatch.setattr(rows, "CACHE_BYTES", 0)
+    monkeypatch.setattr(canvases, "CACHE_BYTES", 0)
     live: list[int] = []
     peaks: dict[str, int] = {}
     name = ""
@@ -315,7 +315,7 @@ def test_a_run_with_a_slow_source_says_that_its_towers_wait_and_what_would_help(
         return original(source, index, image=image)
 
     monkeypatch.setattr(ShardSource, "read", slow)
-    monkeypatch.setattr(rows, "CACHE_BYTES", 0)
+    monkeypatch.setattr(canvases, "CACHE_BYTES", 0)
     monkeypatch.setattr(starvation, "STEPS", 2)
     monkeypatch.setattr(starvation, "FIRST_STEPS", 1)
     for name, gib, advice in (("held", 1.0, "raise --data.workers to"), ("streamed", 1e-5, "raise --memory.host-gib")):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pictures import SETTINGS, Pictures, assert_equal, joined, make_reader
 from pictures import rules as rules_of
-from triscale.data import rows
+from triscale.data import canvases, rows
 from triscale.data.augment import Augmentation
 from triscale.data.order import Order
 from triscale.data.rows import BatchReader, StreamedBatch
@@ -42,13 +42,26 @@ def test_images_are_decoded_once_where_all_can_be_kept_and_rows_are_the_same(
             sample = super().read(index)
             return sample if image else replace(sample, image=b"")
 
-    monkeypatch.setattr(rows, "CACHE_BYTES", 60 * 3 * 16**2 - (not kept))
+    monkeypatch.setattr(canvases, "CACHE_BYTES", 60 * 3 * 16**2 - (not kept))
     source = Counting()
     reader = make_reader(source)
     first, again = (reader(range(0, 120)) for _ in range(2))
     assert source.images == (60 if kept else 240)
     assert_equal(again, first)
     assert_equal(make_reader()(range(0, 120)), first)
+
+
+def test_a_crop_is_drawn_anew_at_every_position_from_an_image_that_is_not_kept():
+    cropped = replace(SETTINGS, augment=replace(SETTINGS.augment, crop_area=(0.1, 0.5)))
+    source = Pictures(size=1)
+    reader = make_reader(source, cropped)
+    batch = reader(range(30))
+    assert (0, 0) not in reader.canvases
+    assert len({row.canvas.tobytes() for row in reader.rows(range(30))}) > 25
+    assert_equal(joined([make_reader(source, cropped)(range(p, p + 1)) for p in range(30)]), batch)
+    plain = make_reader(source)(range(30))
+    assert torch.equal(batch.tokens, plain.tokens), "captions are drawn as without"
+    assert not torch.equal(batch.images, plain.images)
 
 
 def test_rows_depend_on_seed_and_position_and_on_nothing_else():

@@ -1,5 +1,7 @@
 """Augmentation in two halves: `draw` picks a few numbers, `apply` does the same to the same numbers anywhere.
 
+Only the random resized crop is not applied here but while the image is decoded, see data.crop.
+
 Drawing is a pure function of the generator it is given and costs microseconds; applying is batched, runs in a worker or
 on the device, and draws nothing. An image's result does not depend on the batch it is in: every operation works on each
 row by itself, and nothing whose rounding depends on a row's place (matrix products, transcendental functions) is used.
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from triscale.data.crop import Crop, draw_crop
 from triscale.data.settings import AugmentSettings
 
 _RESAMPLE, _TONE, _COLOUR, _BLUR, _ERASE = slice(0, 18), slice(18, 27), slice(27, 39), slice(39, 40), slice(40, 47)
@@ -39,6 +42,9 @@ _SURROUNDINGS = 1 / 3
 _LIGHT = 0.8
 """Surroundings lighter than this count as this, so that a white ground stays white."""
 _LARGEST_ERASED_SIDE = 0.5
+_MOVES = ("zoom", "stretch", "rotation", "shear", "shift", "warp")
+"""What puts pixels between the old ones; flip alone does not."""
+_RECOLOURS = ("outline", "two_tone", "brightness", "contrast", "saturation", "hue", "grayscale", "blur", "erase")
 _CHUNK = 32
 """Rows worked on at once: so many stay in a core's cache."""
 
@@ -46,37 +52,56 @@ _CHUNK = 32
 class Augmentation:
     """Random changes of images as `settings` say, giving squares of `image_size` pixels.
 
-    Settings that are off cost nothing; with all of them off and images of `image_size` pixels it is the identity.
+    Settings that are off cost nothing; with all of them off and images of `image_size` pixels it is the identity, and
+    with nothing but `flip` on it moves bytes.
     """
 
     def __init__(self, settings: AugmentSettings, image_size: int) -> None:
         self.settings = settings
         self.image_size = image_size
-        self._moves = _moves(settings)
+        self._moves = _differs(settings, _MOVES)
+        self._recolours = _differs(settings, _RECOLOURS)
+        # What is off draws the same whatever the uniform numbers are, as far as anything looks at it.
+        self._draws = [
+            (
+                draw,
+                uniforms,
+                None if _differs(settings, names) else draw(settings, [0.5] * len(range(_UNIFORMS)[uniforms])),
+            )
+            for draw, uniforms, names in _DRAWS
+        ]
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """Draw the numbers of one image: float32, always as many and always from as many uniform draws."""
-        u = iter(rng.random(_UNIFORMS).tolist())
-        s = self.settings
-        numbers = [
-            *_draw_affine(s, [next(u) for _ in range(7)]),
-            *_draw_warp(s, [next(u) for _ in range(4 * _WARP_WAVES)]),
-            *_draw_tone(s, [next(u) for _ in range(12)]),
-            *_draw_colour(s, [next(u) for _ in range(8)]),
-            *_draw_blur(s, [next(u) for _ in range(2)]),
-            *_draw_erase(s, [next(u) for _ in range(8)]),
-        ]
+        u = rng.random(_UNIFORMS).tolist()
+        numbers: list[float] = []
+        for draw, uniforms, still in self._draws:
+            numbers += draw(self.settings, u[uniforms]) if still is None else still
         return np.asarray(numbers, dtype=np.float32)
 
+    def draw_crop(self, rng: np.random.Generator) -> Crop | None:
+        """Draw the crop that the image is decoded with, after `draw` from the same generator; None: there is none."""
+        return draw_crop(self.settings, rng)
+
     def apply(self, images: UInt8[Tensor, "n 3 c c"], numbers: Float[Tensor, "n k"]) -> UInt8[Tensor, "n 3 s s"]:
-        """Change c x c images as `numbers` say, each row by itself; antialiased when c is above `image_size`."""
+        """Change c x c images as `numbers` say, each row by itself; antialiased when c is above `image_size`.
+
+        Gives `images` themselves where there is nothing to change.
+        """
+        if not self._resamples(images):
+            images = _mirror(images, numbers[:, _RESAMPLE])
+            if not self._recolours:
+                return images
         parts = zip(images.split(_CHUNK), numbers.split(_CHUNK), strict=True)
         return torch.cat([self._apply(part, its_numbers) for part, its_numbers in parts])
+
+    def _resamples(self, images: Tensor) -> bool:
+        return self._moves or images.shape[-1] != self.image_size
 
     def _apply(self, images: Tensor, numbers: Tensor) -> Tensor:
         s = self.settings
         x = images.float() / 255
-        if self._moves or images.shape[-1] != self.image_size:
+        if self._resamples(images):
             x = _resample(x, numbers[:, _RESAMPLE], self.image_size, white=s.fill == "white")
         if s.outline > 0:
             _change_rows(x, numbers[:, _TONE], 0, _outline)
@@ -91,10 +116,10 @@ class Augmentation:
         return (x * 255 + 0.5).clamp_(0, 255).to(torch.uint8)
 
 
-def _moves(s: AugmentSettings) -> bool:
-    still = AugmentSettings()
-    names = ("zoom", "stretch", "rotation", "shear", "shift", "warp", "flip")
-    return any(getattr(s, name) != getattr(still, name) for name in names)
+def _differs(settings: AugmentSettings, names: Sequence[str]) -> bool:
+    """Whether any setting of `names` is on."""
+    off = AugmentSettings()
+    return any(getattr(settings, name) != getattr(off, name) for name in names)
 
 
 def _between(low: float, high: float, u: float) -> float:
@@ -174,6 +199,23 @@ def _draw_erase(s: AugmentSettings, u: Sequence[float]) -> list[float]:
     half_width, half_height = (_between(0.1, _LARGEST_ERASED_SIDE, side) / 2 for side in u[1:3])
     x, y = u[3:5]
     return [x - half_width, y - half_height, x + half_width, y + half_height, *u[5:8]]
+
+
+def _mirror(images: UInt8[Tensor, "n 3 s s"], numbers: Float[Tensor, "n 18"]) -> UInt8[Tensor, "n 3 s s"]:
+    """Mirror the images whose affine map does, and nothing else, left and right."""
+    rows = torch.nonzero(numbers[:, 0] < 0).flatten()
+    return images.index_copy(0, rows, images[rows].flip(-1)) if len(rows) else images
+
+
+_DRAWS: Sequence[tuple[Callable[[AugmentSettings, Sequence[float]], list[float]], slice, Sequence[str]]] = (
+    (_draw_affine, slice(0, 7), ("zoom", "stretch", "rotation", "shear", "shift", "flip")),
+    (_draw_warp, slice(7, 19), ("warp",)),
+    (_draw_tone, slice(19, 31), ("outline", "two_tone")),
+    (_draw_colour, slice(31, 39), ("brightness", "contrast", "saturation", "hue", "grayscale")),
+    (_draw_blur, slice(39, 41), ("blur",)),
+    (_draw_erase, slice(41, 49), ("erase",)),
+)
+"""The draws in the order of their numbers, the uniform numbers that each takes, and the settings that turn it on."""
 
 
 def _resample(

@@ -1,24 +1,26 @@
-"""From the bytes of an image file to RGB pixels, and from any shape to a square. Bytes are untrusted.
+"""From the bytes of an image file to RGB pixels, whole or as squares of boxes of it. Bytes are untrusted.
 
-Pillow reads headers, and every format and mode; plain JPEGs, most of what there is, are decoded by libjpeg-turbo
-through simplejpeg, at a fraction of their size where that is enough. Resizing is torch's: antialiased bicubic of uint8
-pixels, within 1 of Pillow's. (`benchmarks/decode.py` compares decoders.)
+Plain JPEGs, most of what there is, are decoded by libjpeg-turbo through simplejpeg, at a fraction of their size where
+that is enough; Pillow reads the headers of all others, and every format and mode. (`benchmarks/decode.py` compares
+decoders, `benchmarks/loader.py` whole pipelines.)
 """
 
 from __future__ import annotations
 
 import io
 import warnings
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
 
 import numpy as np
 import simplejpeg
-import torch
-import torch.nn.functional as F
 from jaxtyping import UInt8
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from triscale.data.headers import jpeg_scans, png_bits, png_lacks_rows, webp_pixels
+from triscale.data.crop import Box
+from triscale.data.headers import jpeg_header, jpeg_scans, png_bits, png_lacks_rows, webp_pixels
+from triscale.data.resize import EIGHTHS, cut, resize
 from triscale.data.samples import BadSample
 from triscale.errors import RunError
 
@@ -30,16 +32,19 @@ bytes each, would keep a worker busy for minutes."""
 _STRIP_PIXELS = 2**20
 
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90,
 }
-"""What undoes each EXIF orientation (CIPA DC-008, 4.6.4)."""
+"""What undoes each EXIF orientation (CIPA DC-008, 4.6.4), as views."""
+_ON_ITS_SIDE = (5, 6, 7, 8)
+_REDUCED = (1, 2, 4)
+"""Those below the whole that save time; 3/8 takes longer than 4/8, and any above longer than the whole."""
 
 
 def image_extension(data: bytes) -> str:
@@ -66,58 +71,137 @@ def decode_image(
         BadSample: "image-empty", "image-unreadable", "image-truncated" or "image-too-large".
         RunError: there is no memory for it.
     """
-    if not data:
-        raise BadSample("image-empty")
-    if _asks_too_much(data, max_pixels):
-        raise BadSample("image-too-large")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of oddities that it then reads correctly
-        try:
-            image = _open(data)
-            if image is not None and image.width * image.height <= max_pixels:
-                pixels = _decode_jpeg(data, image, min_side)
-                return _upright(_to_rgb(image, data) if pixels is None else pixels, image)
-        except MemoryError as fault:  # says nothing about the bytes: another time they are decoded
-            raise RunError("no memory to decode an image in: lower --data.workers") from fault
-        except Exception as fault:
-            # Not only OSError: on damaged files Pillow raises SyntaxError, ValueError, struct.error, KeyError, ...
-            raise BadSample("image-truncated" if _is_cut_off(data) else "image-unreadable") from fault
-    raise BadSample("image-unreadable" if image is None else "image-too-large")
+    return EncodedImage(data, max_pixels=max_pixels).decode(min_side=min_side)
 
 
-def fit_square(image: UInt8[np.ndarray, "h w 3"], size: int, fit: Literal["crop", "pad"]) -> UInt8[np.ndarray, "s s 3"]:
-    """Make an image (size, size, 3): the same for training and evaluation. Antialiased bicubic.
+class EncodedImage:
+    """A JPEG, PNG or WebP file of which only the header was read.
 
     Args:
-        image: uint8 RGB. One of (size, size, 3) is returned as it is.
-        size: side in pixels.
-        fit: "crop" takes the middle square; "pad" shows the whole image, centred on white.
+        data: the file's bytes.
+        max_pixels: width times height above which it is refused.
+
+    Raises:
+        BadSample: "image-empty", "image-unreadable", "image-truncated" or "image-too-large".
+        RunError: there is no memory for it; so from all that decodes.
     """
-    height, width = image.shape[:2]
-    if (height, width) == (size, size):
+
+    def __init__(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
+        if not data:
+            raise BadSample("image-empty")
+        self._data = data
+        extension = image_extension(data)
+        self._header = jpeg_header(data) if extension == "jpg" else None
+        # These would take too much memory or time before Pillow tells their size.
+        if (extension == "webp" and webp_pixels(data) > max_pixels) or (
+            extension == "jpg" and jpeg_scans(data, self._header) > MAX_SCANS
+        ):
+            raise BadSample("image-too-large")
+        self._plain = self._header is not None and self._header.plain
+        width, height = self._stored_size
+        if width * height > max_pixels:
+            raise BadSample("image-too-large")
+
+    @property
+    def longer_side(self) -> int:
+        """In pixels."""
+        return max(self._stored_size)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, upright.
+
+        Raises:
+            BadSample: "image-unreadable" or "image-truncated".
+        """
+        if not self._is_jpeg:
+            with _faults_named(self._data):
+                self._image.load()  # EXIF may stand behind the pixels, and these are decoded whole anyway
+        width, height = self._stored_size
+        return (height, width) if self._orientation in _ON_ITS_SIDE else (width, height)
+
+    def decode(self, *, min_side: int | None = None) -> UInt8[np.ndarray, "h w 3"]:
+        """The pixels, as `decode_image` gives them.
+
+        Raises:
+            BadSample: "image-unreadable" or "image-truncated".
+        """
+        side = 0 if min_side is None else min_side
+        return np.ascontiguousarray(self._upright_view(side, side))
+
+    def crops(self, boxes: Sequence[Box], size: int) -> list[UInt8[np.ndarray, "s s 3"]]:
+        """Each box resized to (size, size), antialiased bicubic, in one decoding.
+
+        A large JPEG is decoded at a fraction of its size, see `reduction`; boxes are then rounded to whole pixels of
+        what was decoded, that is by at most four pixels of the image.
+
+        Args:
+            boxes: within the upright image; at least one.
+            size: side in pixels.
+
+        Raises:
+            BadSample: "image-unreadable" or "image-truncated".
+        """
+        eighths = reduction(boxes, size)
+        width, height = self._stored_size
+        pixels = self._upright_view(-(-width * eighths // EIGHTHS), -(-height * eighths // EIGHTHS))
+        if max(pixels.shape[:2]) == max(width, height):  # not a JPEG, or not reduced
+            eighths = EIGHTHS
+        return [resize(cut(pixels, box, eighths), size, size) for box in boxes]
+
+    def _upright_view(self, min_width: int, min_height: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The pixels turned upright; of a JPEG at least so many across and down, as it is stored."""
+        pixels, image = None, None if self._plain else self._image
+        with _faults_named(self._data):
+            if image is None or (self._is_jpeg and image.mode in ("RGB", "L")):
+                # Factors below 2 take longer than the whole image does.
+                with suppress(ValueError):  # damaged, or a kind that this library does not know: Pillow decodes or says
+                    pixels = simplejpeg.decode_jpeg(
+                        self._data, min_height=min_height, min_width=min_width, min_factor=2
+                    )
+        if pixels is None:
+            image = self._image
+            with _faults_named(self._data):
+                pixels = _to_rgb(image, self._data)
+        return _UPRIGHT.get(self._orientation, np.asarray)(pixels)
+
+    @cached_property
+    def _image(self) -> ImageFile.ImageFile:
+        """What Pillow makes of the header."""
+        with _faults_named(self._data):
+            image = _open(self._data)
+        if image is None:
+            raise BadSample("image-unreadable")
         return image
-    if fit == "crop":
-        # Cropped before it is resized, or else a thin image would grow beyond all bounds.
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        return _resize(image[top : top + side, left : left + side], size, size)
-    scale = size / max(height, width)
-    inner = _resize(image, max(1, round(height * scale)), max(1, round(width * scale)))
-    canvas = np.full((size, size, 3), 255, dtype=np.uint8)
-    top, left = (size - inner.shape[0]) // 2, (size - inner.shape[1]) // 2
-    canvas[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
-    return canvas
+
+    @property
+    def _stored_size(self) -> tuple[int, int]:
+        """Width and height."""
+        header = self._header
+        return (header.width, header.height) if header is not None and header.plain else self._image.size
+
+    @property
+    def _is_jpeg(self) -> bool:
+        return self._plain or isinstance(self._image, JpegImagePlugin.JpegImageFile)
+
+    @cached_property
+    def _orientation(self) -> int:
+        """What EXIF says; 1, upright, where that cannot be read."""
+        if self._plain:
+            return 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                orientation = self._image.getexif().get(_ORIENTATION_TAG)
+            except Exception:  # whatever a damaged EXIF block makes Pillow raise: the pixels are whole
+                return 1
+        return orientation if isinstance(orientation, int) else 1
 
 
-def _resize(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Bicubic with a filter as wide as the reduction."""
-    if image.shape[:2] == (height, width):
-        return image
-    # Without gaps and with the strides of a batch, or torch would resize, and give back, channel by channel.
-    whole = np.ascontiguousarray(image) if image.flags.writeable else image.copy()
-    pixels = torch.from_numpy(whole).view(1, *whole.shape).permute(0, 3, 1, 2)
-    resized = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).contiguous().numpy()
+def reduction(boxes: Sequence[Box], size: int) -> int:
+    """The least of 1, 2, 4 and 8 eighths of a JPEG at which every box keeps at least `size` pixels a side, if any."""
+    smallest = min(min(box.width, box.height) for box in boxes)
+    return next((eighths for eighths in _REDUCED if smallest * eighths >= size * EIGHTHS), EIGHTHS)
 
 
 def _open(data: bytes) -> ImageFile.ImageFile | None:
@@ -133,24 +217,18 @@ def _open(data: bytes) -> ImageFile.ImageFile | None:
     return None if reader is None else reader(io.BytesIO(data))
 
 
-def _decode_jpeg(data: bytes, image: ImageFile.ImageFile, min_side: int | None) -> UInt8[np.ndarray, "h w 3"] | None:
-    """The pixels of a plain JPEG; None where Pillow has to decode, or to say what is wrong."""
-    if not isinstance(image, JpegImagePlugin.JpegImageFile) or image.mode not in ("RGB", "L"):
-        return None
-    side = 0 if min_side is None else min_side
-    try:
-        # Factors below 2 take longer than the whole image does.
-        return simplejpeg.decode_jpeg(data, min_height=side, min_width=side, min_factor=2)
-    except ValueError:  # damaged, or a kind of JPEG that this library does not know
-        return None
-
-
-def _asks_too_much(data: bytes, max_pixels: int) -> bool:
-    """Whether a file would take too much memory or time before Pillow tells its size."""
-    extension = image_extension(data)
-    return (extension == "webp" and webp_pixels(data) > max_pixels) or (
-        extension == "jpg" and jpeg_scans(data) > MAX_SCANS
-    )
+@contextmanager
+def _faults_named(data: bytes) -> Iterator[None]:
+    """Whatever goes wrong with `data` meanwhile is a BadSample."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of oddities that it then reads correctly
+        try:
+            yield
+        except MemoryError as fault:  # says nothing about the bytes: another time they are decoded
+            raise RunError("no memory to decode an image in: lower --data.workers") from fault
+        except Exception as fault:
+            # Not only OSError: on damaged files Pillow raises SyntaxError, ValueError, struct.error, KeyError, ...
+            raise BadSample("image-truncated" if _is_cut_off(data) else "image-unreadable") from fault
 
 
 def _to_rgb(image: ImageFile.ImageFile, data: bytes) -> UInt8[np.ndarray, "h w 3"]:
@@ -195,17 +273,6 @@ def _check_png(image: PngImagePlugin.PngImageFile, data: bytes) -> None:
     black = last == 0 or (isinstance(last, tuple) and not any(last))
     if (black or image.info.get("interlace")) and png_lacks_rows(data):
         raise ValueError("the pixels end before the last row")
-
-
-def _upright(pixels: UInt8[np.ndarray, "h w 3"], image: ImageFile.ImageFile) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Turn `pixels` as the EXIF orientation of `image` says; one that can't be read says nothing."""
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # whatever a damaged EXIF block makes Pillow raise: the pixels are whole
-        return pixels
-    if orientation not in _UPRIGHT:
-        return pixels
-    return np.array(Image.fromarray(pixels).transpose(_UPRIGHT[orientation]))
 
 
 def _is_cut_off(data: bytes) -> bool:

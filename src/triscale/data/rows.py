@@ -23,8 +23,8 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from triscale.data.augment import Augmentation
+from triscale.data.canvases import Canvases
 from triscale.data.captions import CaptionRules, choose_caption, fill_template, sample_id
-from triscale.data.decode import decode_image, fit_square
 from triscale.data.order import Positions
 from triscale.data.processes import note
 from triscale.data.quarantine import BadRecord
@@ -34,8 +34,6 @@ from triscale.data.text import Tokenizer
 from triscale.errors import RunError
 from triscale.randomness import generator
 
-CACHE_BYTES = 256 * 2**20
-"""Decoded images are kept in a process's memory where those of all samples fit into so much."""
 MAX_ATTEMPTS = 32
 """Bad samples in a row at one position before the run gives up."""
 PIECE_ROWS = 256
@@ -106,14 +104,7 @@ class BatchReader:
         self.augmentation = augmentation
         self.settings = settings
         self.seed = seed
-        self._size = settings.canvas or settings.image_size
-        # All or nothing: of a larger data set, what is kept would seldom be drawn again before it has to go.
-        self._caches = sum(len(source) for source in self.sources) * 3 * self._size**2 <= CACHE_BYTES
-        self._canvases: dict[tuple[int, int], np.ndarray] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        """To worker processes go no images; each keeps those that it has decoded itself."""
-        return {**vars(self), "_canvases": {}}
+        self.canvases = Canvases(settings, sum(len(source) for source in self.sources))
 
     def __call__(self, positions: range) -> Batch:
         """The batch of the rows at `positions` (at least one), each of which is noted as it is begun.
@@ -151,8 +142,13 @@ class BatchReader:
 
     def images(self, rows: Sequence[Row]) -> UInt8[Tensor, "m 3 s s"]:
         """The augmented images of `rows` (at least one)."""
-        canvases = torch.from_numpy(np.stack([row.canvas for row in rows])).permute(0, 3, 1, 2).contiguous()
-        return self.augmentation.apply(canvases, torch.from_numpy(np.stack([row.numbers for row in rows])))
+        size = self.canvases.size
+        canvases = np.empty((len(rows), 3, size, size), dtype=np.uint8)
+        for canvas, row in zip(canvases, rows, strict=True):
+            canvas[:] = row.canvas.transpose(2, 0, 1)
+        return self.augmentation.apply(
+            torch.from_numpy(canvases), torch.from_numpy(np.stack([row.numbers for row in rows]))
+        )
 
     def tokens(self, rows: Sequence[Row]) -> Int64[Tensor, "m l"]:
         """The token rows of `rows`."""
@@ -168,7 +164,7 @@ class BatchReader:
             key = f"#{index}"
             note(position * MAX_ATTEMPTS + attempt)
             try:
-                sample = read_sample(source, index, image=(number, index) not in self._canvases)
+                sample = read_sample(source, index, image=(number, index) not in self.canvases)
                 key = sample.key
                 return self._prepare(sample, (number, index), position, tuple(bad))
             except BadSample as error:
@@ -178,32 +174,18 @@ class BatchReader:
 
     def _prepare(self, sample: Sample, place: tuple[int, int], position: int, bad: tuple[BadRecord, ...]) -> Row:
         """The row that `sample` makes at `position`, where those of `bad` stood before it."""
-        rules = self.captions[place[0]]
         words = (self.seed, position, _VIEW, len(bad))
-        rng = generator("caption", *words)
+        text, id = self.caption(sample, self.captions[place[0]], generator("caption", *words))
+        rng = generator("augment", *words)
+        numbers, crop = self.augmentation.draw(rng), self.augmentation.draw_crop(rng)
+        (canvas,) = self.canvases.squares(sample, place, [crop])
+        return Row(canvas=canvas, numbers=numbers, text=text, id=id, bad=bad)
+
+    def caption(self, sample: Sample, rules: CaptionRules, rng: np.random.Generator) -> tuple[str, int]:
+        """The text that a draw of `sample` trains on, and its id among positives. Raises BadSample."""
         caption = choose_caption(sample, rules, rng)
         text = fill_template(caption, rules.templates, rng)
-        id = sample_id(sample, rules, caption)
-        return Row(
-            canvas=self._canvas(sample, place),
-            numbers=self.augmentation.draw(generator("augment", *words)),
-            text=text,
-            id=id,
-            bad=bad,
-        )
-
-    def _canvas(self, sample: Sample, place: tuple[int, int]) -> np.ndarray:
-        """The square that augmentation starts from, decoded once where all of them can be kept."""
-        canvas = self._canvases.get(place)
-        if canvas is None:
-            image = sample.image
-            if isinstance(image, bytes):
-                # A photograph is decoded at a fraction of its size, the rest of the reduction is antialiased.
-                image = decode_image(image, min_side=self._size)
-            canvas = fit_square(image, self._size, self.settings.fit)
-            if self._caches:
-                self._canvases[place] = canvas
-        return canvas
+        return text, sample_id(sample, rules, caption)
 
 
 class RowView:

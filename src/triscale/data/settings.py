@@ -17,6 +17,11 @@ _SOURCE_OPTION = re.compile(r"\s+(weight|fields|classes|templates|ids)=(\S*)$")
 class AugmentSettings:
     """Random changes of training images. Each is off at its default; probabilities are fractions of 1."""
 
+    crop_area: tuple[float, float] = (1.0, 1.0)
+    """Random resized crop: smallest and largest share of the image's area that is seen, resized to the square, instead
+    of what `fit` takes; (0.08, 1) for SimCLR, (0.9, 1) for CLIP. (1, 1): off."""
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Of the crop: smallest and largest ratio of width to height, drawn log-uniformly."""
     zoom: tuple[float, float] = (1.0, 1.0)
     """Smallest and largest magnification, drawn log-uniformly; below 1 the picture shrinks into its background."""
     stretch: float = 1.0
@@ -88,7 +93,7 @@ class DataSettings:
     canvas: int = 0
     """Side, in pixels, that images are decoded to before augmentation; 0 means `image_size`."""
     fit: Literal["crop", "pad"] = "crop"
-    """How an image becomes square: "crop" its middle, or "pad" it with white."""
+    """How an image becomes square: "crop" its middle, or "pad" it with white. See also augment.crop_area."""
     tokens: int = 16
     """Length of a token row; longer captions are cut, shorter ones padded."""
     vocabulary: int = 8192

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from triscale import distributed
-from triscale.data.decode import fit_square
+from triscale.data.resize import fit_square
 from triscale.data.samples import BadSample
 from triscale.errors import RunError
 from triscale.evaluation.datasets import EvaluationSet, Example
