@@ -249,3 +249,21 @@ def test_tuning_prints_the_fastest_blocks_of_every_entry(gpu: ModuleType) -> Non
 
     (line,) = tune.best_lines([row((128, 256, 64, 8, 3), 3.0, True), row((128, 128, 64, 4, 4), 2.0, False)])
     assert '("softmax_weights", "16"): Blocks(128, 128, 64, 4, 4),  # 1.500 times' in line
+
+
+def test_the_loader_is_measured_at_toy_size(tmp_path: Path) -> None:
+    figures = tmp_path / "loader.json"
+    command = [sys.executable, ROOT / "benchmarks" / "loader.py", "--json", figures, "--rounds", "1", "--side", "96"]
+    done = subprocess.run(
+        [*command, "--sizes", "400x300", "--qualities", "75", "95"],
+        check=True,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    rows = json.loads(figures.read_text())["rows"]
+    assert [row["quality"] for row in rows] == ["75", "95", "all"]
+    for row in rows:
+        assert row["decoding_alone"] > 0 and row["ours_cpu"] > 0
+        assert row["mean_distance"] <= 2.0, "what docs/data.md says of crops"
+        assert (row["ratio"] is None) == ("open_clip's pipeline is left out" in done.stdout)
