@@ -104,7 +104,11 @@ def pack(options: PackOptions, report: Report) -> None:
     source = open_source(options.source, options.root, options.columns)
     bad: Counter[str] = Counter()
     shards = write_shards(
-        source, options.folder, options.samples_per_shard, leave_out=lambda key, reason: bad.update([reason])
+        source,
+        options.folder,
+        options.samples_per_shard,
+        max_side=options.max_side,
+        leave_out=lambda key, reason: bad.update([reason]),
     )
     for reason, count in bad.most_common():
         report(f"left out: {count:,} {reason}")

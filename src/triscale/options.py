@@ -60,6 +60,9 @@ class PackOptions:
     """Folder that the source is relative to."""
     samples_per_shard: int = 1000
     """Samples of a shard; not for scenes."""
+    max_side: int | None = None
+    """Images whose longer side has more pixels than this are shrunk to it and encoded anew (PNG as PNG, others as JPEG
+    of quality 95); smaller ones keep their bytes. None: all do. Not for scenes."""
     size: int = 32
     """Scenes: side of the images in pixels."""
     seed: int = SEED

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from triscale.data.decode import decode_image
-from triscale.data.pack import pack_scenes, write_evaluation_set, write_shards
+from triscale.data.decode import decode_image, image_extension
+from triscale.data.pack import pack_scenes, shrunk, write_evaluation_set, write_shards
 from triscale.data.samples import BadSample, Sample
 from triscale.data.scenes import CLASSNAMES, SPLITS, TEMPLATES, Scenes
 from triscale.data.shards import open_shards
@@ -239,3 +239,82 @@ def test_packed_scenes_are_the_scenes(tmp_path: Path) -> None:
             assert (folder.parent / "classnames.txt").read_text(encoding="utf-8").splitlines() == list(CLASSNAMES)
             templates = folder.parent / "zeroshot_classification_templates.txt"
             assert templates.read_text(encoding="utf-8").splitlines() == list(TEMPLATES)
+
+
+# Smaller images.
+
+
+def picture_file(form: str, height: int, width: int, **options: object) -> bytes:
+    y, x = np.mgrid[0:height, 0:width]
+    image = np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], -1).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, form, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "shape"), [(300, 400, (48, 64)), (400, 300, (64, 48)), (65, 65, (64, 64)), (1, 900, (1, 64))]
+)
+@pytest.mark.parametrize(("form", "becomes"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "jpg")])
+def test_a_larger_image_is_shrunk_to_the_longer_side(
+    form: str, becomes: str, height: int, width: int, shape: tuple[int, int]
+) -> None:
+    data = picture_file(form, height, width, quality=95)
+    small = shrunk(data, 64)
+    assert isinstance(small, bytes) and image_extension(small) == becomes
+    decoded = decode_image(small)
+    assert decoded.shape == (*shape, 3)
+    whole = Image.fromarray(decode_image(data))
+    expected = np.asarray(whole.resize(shape[::-1], Image.Resampling.BICUBIC)).astype(int)
+    distance = np.abs(decoded.astype(int) - expected)
+    assert distance.max() <= 1 if becomes == "png" else distance.mean() < 2
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_an_image_that_is_small_enough_keeps_its_bytes(form: str) -> None:
+    data = picture_file(form, 64, 40)
+    assert shrunk(data, 64) is data
+    cut = data[:-30]
+    assert form == "WEBP" or shrunk(cut, 64) is cut, "of such only the header is read; of WebP that is all"
+
+
+def test_pixels_are_shrunk_to_pixels() -> None:
+    image = pixels(0, 90, 30)
+    small = shrunk(image, 30)
+    assert isinstance(small, np.ndarray) and small.shape == (30, 10, 3)
+    assert shrunk(image, 90) is image
+
+
+def test_orientation_is_applied_to_what_is_encoded_anew() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = picture_file("JPEG", 100, 200, exif=exif, quality=95)
+    small = shrunk(data, 50)
+    assert isinstance(small, bytes) and b"Exif" not in small
+    assert decode_image(small).shape == (50, 25, 3)
+    expected = np.asarray(Image.fromarray(decode_image(data)).resize((25, 50), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(decode_image(small).astype(int) - expected).mean() < 2
+
+
+def test_packing_with_a_largest_side_leaves_out_what_cannot_be_decoded(tmp_path: Path) -> None:
+    large, small = picture_file("JPEG", 200, 300), picture_file("PNG", 20, 30)
+    images = [large, small, large[: len(large) // 2], b"GIF89a", pixels(1, 40, 80)]
+    source = Listed([Sample(key=f"k{i}", image=image, text=b"words") for i, image in enumerate(images)])
+    left_out: list[tuple[str, str]] = []
+    write_shards(source, tmp_path / "new", max_side=32, leave_out=lambda *bad: left_out.append(bad))
+    back = open_shards("new/*.tar", root=tmp_path)
+    assert left_out == [("k2", "image-truncated"), ("k3", "image-unreadable")]
+    found = [back.read(index).image for index in range(len(back))]
+    assert found[1] == small
+    assert [decode_image(image).shape[:2] for image in found if isinstance(image, bytes)] == [
+        (21, 32),
+        (20, 30),
+        (16, 32),
+    ]
+    assert write_shards(source, tmp_path / "again", max_side=32, leave_out=lambda *_: None)
+    assert all_bytes(tmp_path / "new") == all_bytes(tmp_path / "again")
+
+
+def test_a_largest_side_below_one_pixel_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="at least 1 pixel, not 0"):
+        write_shards(drawn(2), tmp_path / "new", max_side=0)

@@ -11,19 +11,24 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from triscale.data import scenes
-from triscale.data.decode import image_extension
+from triscale.data.decode import EncodedImage, image_extension
 from triscale.data.entries import leaves_its_folder, sample_name
+from triscale.data.resize import resize
 from triscale.data.samples import BadSample, Sample, Source
 from triscale.errors import RunError, UsageError
 
 SAMPLES_PER_SHARD = 1000
+JPEG_QUALITY = 95
+"""Of images that are encoded anew; as img2dataset has it."""
 
 
 def write_shards(
@@ -31,6 +36,7 @@ def write_shards(
     folder: str | Path,
     samples_per_shard: int = SAMPLES_PER_SHARD,
     *,
+    max_side: int | None = None,
     leave_out: Callable[[str, str], None] | None = None,
 ) -> list[Path]:
     """Write all samples of a source as `folder`/00000.tar, 00001.tar, ...; returns their paths.
@@ -39,21 +45,52 @@ def write_shards(
     as it is, or that its shard has already, is replaced by the sample's number.
 
     Args:
+        max_side: images whose longer side has more pixels are shrunk to it and encoded anew, see `shrunk`.
         leave_out: told key and reason of every sample that is bad, which is left out; None: the first one ends it.
 
     Raises:
-        UsageError: the folder exists and is not empty, or the source is empty.
+        UsageError: the folder exists and is not empty, the source is empty, or a number is too small.
         RunError: a sample is bad or cannot be read, or all are bad.
     """
     if samples_per_shard < 1:
         raise UsageError(f"a shard needs at least 1 sample, not {samples_per_shard}")
+    if max_side is not None and max_side < 1:
+        raise UsageError(f"images need a side of at least 1 pixel, not {max_side}")
     if len(source) == 0:
         raise UsageError(f"{source.name} is empty: there is nothing to write")
     with _new_folder(Path(folder)) as partial:
-        names = _write_tars(_samples(source, leave_out), partial, "{:05d}.tar", samples_per_shard)
+        names = _write_tars(_samples(source, leave_out, max_side), partial, "{:05d}.tar", samples_per_shard)
         if not names:
             raise RunError(f"{source.name}: all {len(source)} samples are bad: nothing is written")
     return [Path(folder) / name for name in names]
+
+
+def shrunk(image: bytes | UInt8[np.ndarray, "h w 3"], max_side: int) -> bytes | UInt8[np.ndarray, "h2 w2 3"]:
+    """An image whose longer side has at most `max_side` pixels; as it is where it has already.
+
+    The ratio of the sides stays. Reduced by antialiased bicubic, upright, transparency over white; a PNG becomes a PNG
+    and pixels stay pixels, so that what was lossless is so, anything else a JPEG of quality 95.
+
+    Raises:
+        BadSample: the image cannot be decoded; of one that is small enough only the header is read.
+    """
+    if not isinstance(image, bytes):
+        return image if max(image.shape[:2]) <= max_side else _reduced(image, max_side)
+    encoded = EncodedImage(image)
+    if encoded.longer_side <= max_side:
+        return image
+    small, file = Image.fromarray(_reduced(encoded.decode(), max_side)), io.BytesIO()
+    if image_extension(image) == "png":
+        small.save(file, "PNG")
+    else:
+        small.save(file, "JPEG", quality=JPEG_QUALITY)
+    return file.getvalue()
+
+
+def _reduced(pixels: UInt8[np.ndarray, "h w 3"], max_side: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+    longer = max(pixels.shape[:2])
+    height, width = (max(1, round(side * max_side / longer)) for side in pixels.shape[:2])
+    return resize(pixels, height, width)
 
 
 def write_evaluation_set(
@@ -143,7 +180,9 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _samples(source: Source, leave_out: Callable[[str, str], None] | None = None) -> Iterator[Sample]:
+def _samples(
+    source: Source, leave_out: Callable[[str, str], None] | None = None, max_side: int | None = None
+) -> Iterator[Sample]:
     """The samples of a source in order. Raises RunError at one that cannot be read, or is bad and not left out."""
     for index in range(len(source)):
         key = str(index)
@@ -152,6 +191,8 @@ def _samples(source: Source, leave_out: Callable[[str, str], None] | None = None
             key = sample.key
             if leave_out is not None and isinstance(sample.image, bytes) and not image_extension(sample.image):
                 raise BadSample("image-unreadable")
+            if max_side is not None:
+                sample = replace(sample, image=shrunk(sample.image, max_side))
         except BadSample as fault:
             if leave_out is None:
                 raise RunError(f"{source.name}: sample {fault.key or key} is bad: {fault.reason}") from fault
