@@ -17,8 +17,9 @@ SOURCE = Path(__file__).parents[1] / "src"
 LAYERS = """
 errors randomness distributed
 data: __init__ settings samples unchanged permutation shuffle order distinct paths entries tar files shard_index shards
-data: cache remote headers decode augment lists captions text folders tables csv_rows parquet hub drawing scene_words
-data: scenes sources quarantine processes workers indexing stats stats_page rows ids loader mixture pack
+data: cache remote headers crop resize decode augment lists captions text folders tables csv_rows parquet hub drawing
+data: scene_words scenes sources quarantine processes workers indexing stats stats_page canvases rows ids loader
+data: mixture pack
 models: __init__ settings presets normalisation coatnet image text hf_text projection dual_encoder prompts
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps
 losses: dense tiled contrastive info_nce sigmoid nt_xent classification __init__
@@ -28,7 +29,7 @@ evaluation: __init__ settings datasets encoder zeroshot retrieval suite report
 config run_folder inference
 recipes: scenes emoji clipart __init__
 assembly feed scores options
-bench: __init__ measure table picture peers towers loss step once commands
+bench: __init__ measure table picture peers towers loss step once commands data
 data_commands verification runs cli
 __init__ __main__
 """

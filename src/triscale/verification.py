@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -16,10 +17,13 @@ from triscale.assembly import (
     step_batch_norm,
 )
 from triscale.config import LANES, RunConfig, validate
-from triscale.errors import UsageError
+from triscale.errors import RunError, UsageError
 from triscale.training.settings import parse_per_lane
 from triscale.training.verify import verify
 
+LIMIT = 1e-10
+"""Largest relative error, in float64, of a gradient that counts as exact."""
+SHOWN_PARAMETERS = 5
 MICRO_BATCH = 16
 """What `verify_run` takes for "auto"."""
 DROPOUT = 0.1
@@ -56,3 +60,13 @@ def verify_run(config: RunConfig) -> dict[str, float]:
         seed=config.seed,
         prepare=partial(prepare_towers, config),
     )
+
+
+def show_errors(errors: Mapping[str, float]) -> None:
+    """Print the largest of `verify_run`'s errors. Raises RunError where one is above the limit, or is no number."""
+    for name in sorted(errors, key=errors.__getitem__, reverse=True)[:SHOWN_PARAMETERS]:
+        print(f"{errors[name]:.2e}  {name}")
+    largest = max(errors.values())
+    print(f"largest relative error of {len(errors)} gradients, logit scale included: {largest:.2e}")
+    if not largest <= LIMIT:
+        raise RunError(f"the step's gradient is not that of the whole batch: {largest:.2e} is above {LIMIT:.0e}")

@@ -21,6 +21,7 @@ from triscale.evaluation.retrieval import DEPTHS, evaluate_retrieval
 from triscale.evaluation.zeroshot import build_classifier, evaluate_classification
 
 LONGEST_NAME = 40
+SHOWN_LABELS = 5
 
 SetResult = dict[str, str | int | float]
 """Of one set: "task", "samples" and its scores, fractions of 1 (see the functions that make them)."""
@@ -150,3 +151,14 @@ def _percent(fraction: float) -> str:
 def _chance(result: SetResult) -> float:
     """Expected top-1, or recall@1 of texts, of a model that guesses."""
     return 1 / int(result["classes"] if result["task"] == "classification" else result["samples"])
+
+
+def guesses_table(images: Sequence[str], labels: Sequence[str], probabilities: Sequence[Sequence[float]]) -> Table:
+    """The likeliest labels of each image, for the terminal."""
+    table = Table("image", "label", "probability")
+    for path, row in zip(images, probabilities, strict=True):
+        best = sorted(range(len(labels)), key=row.__getitem__, reverse=True)[:SHOWN_LABELS]
+        for place, index in enumerate(best):
+            name = printable(path, 80) if place == 0 else ""
+            table.add_row(name, printable(labels[index], 60), f"{row[index]:.1%}")
+    return table
