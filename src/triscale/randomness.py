@@ -7,8 +7,10 @@ Every random decision of a run is drawn from a generator seeded with the words t
 from __future__ import annotations
 
 import hashlib
+from typing import Any, cast
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 
 def derive_seed(*words: int | str) -> int:
@@ -19,4 +21,16 @@ def derive_seed(*words: int | str) -> int:
 
 def generator(*words: int | str) -> np.random.Generator:
     """A numpy generator that is a pure function of `words`."""
-    return np.random.Generator(np.random.Philox(key=derive_seed(*words)))
+    # numpy's annotations have no ISeedSequence there, its bit generators take any.
+    return np.random.Generator(np.random.Philox(cast(Any, _Key(derive_seed(*words)))))
+
+
+class _Key(ISeedSequence):
+    """Gives Philox a key as `Philox(key=...)` takes it, which asks the system for entropy that it then throws away."""
+
+    def __init__(self, key: int) -> None:
+        self.key = key
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint64) -> np.ndarray:
+        """The key as Philox's two words of 64 bits."""
+        return np.array([self.key, 0], dtype=np.uint64)
