@@ -14,7 +14,7 @@ import pytest
 
 from pictures import SETTINGS, make_reader, rules
 from shards import write_shards
-from triscale.data import rows
+from triscale.data import canvases
 from triscale.data.augment import Augmentation
 from triscale.data.indexing import index_shards
 from triscale.data.loader import batches
@@ -65,7 +65,7 @@ def shard_reader(folder: str | Path) -> BatchReader:
 @pytest.fixture
 def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoded images are not kept, as with any data set of a size that matters."""
-    monkeypatch.setattr(rows, "CACHE_BYTES", 0)
+    monkeypatch.setattr(canvases, "CACHE_BYTES", 0)
 
 
 def test_memory_does_not_grow_with_the_samples_drawn(tmp_path: Path, nothing_kept: None) -> None:

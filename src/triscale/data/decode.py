@@ -144,12 +144,14 @@ class EncodedImage:
         """
         eighths = reduction(boxes, size)
         width, height = self._stored_size
-        pixels = self._upright_view(-(-width * eighths // EIGHTHS), -(-height * eighths // EIGHTHS))
+        # Chroma that is about to be reduced need not be interpolated first.
+        coarse_chroma = all(min(box.width, box.height) >= size for box in boxes)
+        pixels = self._upright_view(-(-width * eighths // EIGHTHS), -(-height * eighths // EIGHTHS), coarse_chroma)
         if max(pixels.shape[:2]) == max(width, height):  # not a JPEG, or not reduced
             eighths = EIGHTHS
         return [resize(cut(pixels, box, eighths), size, size) for box in boxes]
 
-    def _upright_view(self, min_width: int, min_height: int) -> UInt8[np.ndarray, "h w 3"]:
+    def _upright_view(self, min_width: int, min_height: int, coarse_chroma: bool = False) -> UInt8[np.ndarray, "h w 3"]:
         """The pixels turned upright; of a JPEG at least so many across and down, as it is stored."""
         pixels, image = None, None if self._plain else self._image
         with _faults_named(self._data):
@@ -157,7 +159,11 @@ class EncodedImage:
                 # Factors below 2 take longer than the whole image does.
                 with suppress(ValueError):  # damaged, or a kind that this library does not know: Pillow decodes or says
                     pixels = simplejpeg.decode_jpeg(
-                        self._data, min_height=min_height, min_width=min_width, min_factor=2
+                        self._data,
+                        min_height=min_height,
+                        min_width=min_width,
+                        min_factor=2,
+                        fastupsample=coarse_chroma,
                     )
         if pixels is None:
             image = self._image
