@@ -267,3 +267,14 @@ def test_the_loader_is_measured_at_toy_size(tmp_path: Path) -> None:
         assert row["decoding_alone"] > 0 and row["ours_cpu"] > 0
         assert row["mean_distance"] <= 2.0, "what docs/data.md says of crops"
         assert (row["ratio"] is None) == ("open_clip's pipeline is left out" in done.stdout)
+
+
+def test_positions_are_measured_at_toy_size() -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "order.py", "--samples", "10000000", "--positions", "2000"]
+    done = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True)
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
+        "whole",
+        "mixture of three",
+        "windows of 64 of 1,000 shards",
+        "distinct ids",
+    ]
