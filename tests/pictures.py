@@ -15,7 +15,7 @@ from triscale.data.order import Order
 from triscale.data.rows import Batch, BatchReader
 from triscale.data.samples import BadSample, Sample
 from triscale.data.settings import AugmentSettings, DataSettings
-from triscale.data.text import Tokenizer, train_tokenizer
+from triscale.data.text import SentencePieceTokenizer, train_tokenizer
 
 NAMES = ["red circle", "blue square", "green star", "white heart"]
 SETTINGS = DataSettings(
@@ -66,7 +66,9 @@ class Pictures:
 
 def make_reader(source: Pictures | None = None, settings: DataSettings = SETTINGS, seed: int = 3) -> BatchReader:
     sources = [source or Pictures()]
-    tokenizer = Tokenizer(train_tokenizer([*NAMES, "a photo of it, shape 0123456789"], 60), settings.tokens)
+    tokenizer = SentencePieceTokenizer(
+        train_tokenizer([*NAMES, "a photo of it, shape 0123456789"], 60), settings.tokens
+    )
     order = Order([len(source) for source in sources], seed=seed)
     augmentation = Augmentation(settings.augment, settings.image_size)
     return BatchReader(sources, [rules(settings)], order, tokenizer, augmentation, settings, seed)

@@ -20,7 +20,7 @@ import triscale.inference
 from triscale.config import to_dict
 from triscale.data.decode import decode_image
 from triscale.data.resize import fit_square
-from triscale.data.text import train_tokenizer
+from triscale.data.text import SentencePieceTokenizer, train_tokenizer
 from triscale.errors import UsageError
 from triscale.inference import BATCH_SIZE, ZeroShotModel
 from triscale.losses import InfoNCE
@@ -47,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DualEncoder
     folder = tmp_path_factory.mktemp("runs") / "run"
     folder.mkdir()
     tokenizer = train_tokenizer(CAPTIONS * 5, 60)
-    vocabulary = triscale.inference.Tokenizer(tokenizer, TOKENS).vocabulary_size
+    vocabulary = SentencePieceTokenizer(tokenizer, TOKENS).vocabulary_size
     torch.manual_seed(0)
     model = build_dual_encoder(SETTINGS, image_size=SIZE, vocabulary=vocabulary, tokens=TOKENS)
     save(folder, 3, model)
@@ -209,7 +209,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "checkpoints": (lambda run: shutil.rmtree(run / "checkpoints"), "no good checkpoint"),
     "no-json": (write("resolved.json", b"\xff{"), "not JSON"),
     "deep-json": (write("preprocess.json", b"[" * 100_000), "not JSON"),
-    "no-object": (write("preprocess.json", b"[1]"), "lacks image_size"),
+    "no-object": (write("preprocess.json", b"[1]"), "not a JSON object"),
     "lacking": (change("resolved.json", tokens=None), "lacks tokens"),
     "unknown-preprocess": (change("preprocess.json", colour=1), "colour"),
     "unknown-model": (change("resolved.json", model={"colour": 1}), "colour"),

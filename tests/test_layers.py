@@ -17,16 +17,17 @@ SOURCE = Path(__file__).parents[1] / "src"
 LAYERS = """
 errors randomness distributed
 data: __init__ settings samples unchanged permutation shuffle order distinct paths entries tar files shard_index shards
-data: cache remote headers crop resize decode augment lists captions text folders tables csv_rows parquet hub drawing
-data: scene_words scenes sources quarantine processes workers indexing stats stats_page canvases rows ids loader
-data: mixture pack
+data: cache remote headers crop resize decode augment lists captions text tokenizer named_tokenizers folders tables
+data: csv_rows parquet hub drawing scene_words scenes sources quarantine processes workers indexing stats stats_page
+data: canvases rows ids loader mixture pack
 models: __init__ settings presets normalisation coatnet image text hf_text projection dual_encoder prompts
+models: clip_towers interop interop_open_clip interop_hf weights
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps
 losses: dense tiled contrastive info_nce sigmoid nt_xent classification __init__
 training: __init__ settings host_memory parallel memory plan recovery remat batch_norm compilation staging lane step
 training: lockstep verify schedule adafactorw lars optim tensor_file checkpoint ema starvation log loop
 evaluation: __init__ settings datasets encoder zeroshot retrieval suite report
-config run_folder inference
+config run_folder hub model_files inference onnx_graphs exporting
 recipes: scenes emoji clipart __init__
 assembly feed scores options
 bench: __init__ measure table picture peers towers loss step once commands data

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import triscale
 from triscale.config import RunConfig, to_dict
 from triscale.data.settings import DataSettings
 from triscale.inference import load
@@ -211,6 +212,36 @@ def test_torchrun_on_two_processes_trains_the_weights_of_one(tmp_path: Path) -> 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run([*torchrun, "-m", "triscale", "train", "--config", str(file), "--run.dir", str(tmp_path / "two")])
     assert metrics(tmp_path / "two", "loss") == pytest.approx(metrics(tmp_path / "one", "loss"), rel=1e-5)
+
+
+def test_a_run_with_clips_tokenizer_keeps_it_and_loads_without_anything_else(config_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ftfy", reason="the extra clip is not installed")
+    pytest.importorskip("tokenizers", reason="the extra clip is not installed")
+    from foreign_models import MERGES, WORDS
+    from triscale.data.named_tokenizers import clip_tokenizer
+
+    named = tmp_path / "named.json"
+    named.write_bytes(clip_tokenizer(MERGES))
+    options = ["--data.tokenizer", str(named), "--model.text-pooling", "last", "--train.steps", "2"]
+    run(command(config_file, tmp_path / "run", *options))
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == named.read_bytes()
+    named.unlink()
+    model = triscale.load(tmp_path / "run")
+    assert model.tokenizer.vocabulary_size == WORDS
+    assert model.encode_text(["a photo of a cat"]).shape == (1, 16)
+    run(command(config_file, tmp_path / "run", *options))  # finished: the saved one is read
+
+
+def test_a_tokenizer_that_pads_with_a_word_is_refused(config_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="the extra clip is not installed")
+    from foreign_models import MERGES
+    from triscale.data.named_tokenizers import clip_tokenizer
+    from triscale.data.tokenizer import library_part, pack_tokenizer
+
+    named = tmp_path / "named.json"
+    named.write_bytes(pack_tokenizer(library_part(clip_tokenizer(MERGES)), cleaning="none", padding=1, end=None))
+    refused = run(command(config_file, tmp_path / "run", "--data.tokenizer", str(named)), status=2)
+    assert "pads with id 1" in refused.stderr
 
 
 def test_verify_finds_the_small_recipe_exact() -> None:

@@ -27,12 +27,14 @@ from triscale.data.ids import IdFile, ids_path, read_ids, write_ids
 from triscale.data.lists import CLASS_MARK
 from triscale.data.loader import require_batch
 from triscale.data.mixture import Mixture, open_mixture
+from triscale.data.named_tokenizers import read_tokenizer
 from triscale.data.remote import RemoteShards
 from triscale.data.rows import BatchReader
 from triscale.data.samples import BadSample, Source
 from triscale.data.settings import train_sources
 from triscale.data.sources import needs_root
-from triscale.data.text import Tokenizer, train_tokenizer
+from triscale.data.text import train_tokenizer
+from triscale.data.tokenizer import Tokenizer, open_tokenizer
 from triscale.errors import RunError, UsageError
 from triscale.evaluation.encoder import Encoder
 from triscale.losses import PAIR_LOSSES
@@ -94,17 +96,12 @@ def _spread(source: Source, samples: int) -> list[int]:
 
 
 def make_tokenizer(config: RunConfig, mixture: Mixture, saved: Path | None = None) -> bytes:
-    """The sentencepiece model of a run: the saved one, the one that the config names, or one trained on the captions.
+    """The tokenizer of a run: the saved one, the one that the config names, or one trained on the captions.
 
     Every rank makes the same one by itself. Sources give captions in proportion to their shares.
     """
-    named = Path(config.data.tokenizer) if config.data.tokenizer else None
-    for path in (saved, named):
-        if path is not None and (path.exists() or path == named):
-            try:
-                return path.read_bytes()
-            except OSError as error:
-                raise UsageError(f"tokenizer {str(path)!r} cannot be read: {error.strerror}") from error
+    if saved is not None or config.data.tokenizer:
+        return read_tokenizer(config.data.tokenizer if saved is None else str(saved))
     parts = zip(mixture.sources, mixture.captions, mixture.shares, strict=True)
     captions = (captions_of(source, rules, math.ceil(TOKENIZER_SAMPLES * share)) for source, rules, share in parts)
     return train_tokenizer(chain.from_iterable(captions), config.data.vocabulary)
@@ -151,11 +148,19 @@ def make_reader(
         mixture.sources,
         mixture.captions,
         order if ids is None else DistinctOrder(order, ids, config.batch.size),
-        Tokenizer(tokenizer, config.data.tokens),
+        open_tokenizer(tokenizer, config.data.tokens),
         Augmentation(config.data.augment, config.data.image_size),
         config.data,
         config.seed,
     )
+
+
+def check_tokenizer(model: DualEncoder, tokenizer: Tokenizer) -> None:
+    """Raise UsageError for a tokenizer that pads with what the text tower takes for a word."""
+    if tokenizer.padding != model.text.padding and model.text.pooling != "final":
+        raise UsageError(
+            f"--data.tokenizer pads with id {tokenizer.padding}, the text tower takes {model.text.padding} for padding"
+        )
 
 
 def make_model(config: RunConfig, vocabulary: int) -> tuple[DualEncoder, ContrastiveLoss]:

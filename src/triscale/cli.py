@@ -90,13 +90,14 @@ def _recipe_config(command: str, arguments: Sequence[str]) -> tuple[RunConfig, s
     """The config of `triscale COMMAND RECIPE --section.field value ...` or `... --config FILE ...`, and its name."""
     from triscale.config import RunConfig, read_config, with_preset
     from triscale.models.presets import PRESETS
+    from triscale.options import take_option
     from triscale.recipes import RECIPES
 
     usage = (
         f"usage: triscale {command} RECIPE [--preset NAME] [--section.field value ...]  or  "
         f"triscale {command} --config FILE [...]"
     )
-    arguments, preset = _take_option(arguments, "--preset")
+    arguments, preset = take_option(arguments, "--preset")
     if not arguments or arguments[0] in ("-h", "--help"):
         rows = "\n".join(f"  {name:<12} {_first_line(recipe.__doc__)}" for name, recipe in RECIPES.items())
         help_text = (
@@ -144,7 +145,9 @@ def train(arguments: Sequence[str]) -> int:
 
 def verify(arguments: Sequence[str]) -> int:
     """Hold the exact step against plain autograd, in float64, for a recipe's own towers and data."""
-    arguments, json_path = _take_option(arguments, "--json")
+    from triscale.options import take_option
+
+    arguments, json_path = take_option(arguments, "--json")
     config, _ = _recipe_config("verify", arguments)
     from triscale.verification import show_errors, verify_run
 
@@ -152,20 +155,6 @@ def verify(arguments: Sequence[str]) -> int:
     _write_json(json_path, {"max_relative_error": max(errors.values()), "by_parameter": errors})
     show_errors(errors)
     return 0
-
-
-def _take_option(arguments: Sequence[str], option: str) -> tuple[list[str], str]:
-    """`arguments` without `option VALUE` (or option=VALUE), and the value; "" where it is not there."""
-    rest, value = [], ""
-    remaining = iter(arguments)
-    for argument in remaining:
-        if argument == option or argument.startswith(f"{option}="):
-            value = argument.partition("=")[2] or next(remaining, "")
-            if not value:
-                raise UsageError(f"{option} needs a value")
-        else:
-            rest.append(argument)
-    return rest, value
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -191,12 +180,10 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 def classify(arguments: Sequence[str]) -> int:
     """Tell which of your labels fits each of your images."""
-    from triscale.options import ClassifyOptions
+    from triscale.options import ClassifyOptions, parse_labels
 
     options = _parse(ClassifyOptions, arguments, "triscale classify", classify.__doc__ or "")
-    labels = [label.strip() for label in options.labels.split(",")]
-    if not all(labels) or len(set(labels)) < len(labels) or not _is_text(options.labels):
-        raise UsageError(f'--labels {options.labels!r} must be distinct names separated by commas, such as "cat,dog"')
+    labels = parse_labels(options.labels)
     if not options.images:
         raise UsageError("which images? triscale classify RUN --labels a,b IMAGE...")
     from rich.console import Console
@@ -214,9 +201,17 @@ def classify(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _is_text(argument: str) -> bool:
-    """Whether an argument was decoded whole; bytes that are no UTF-8 come as lone surrogates."""
-    return not any("\ud800" <= c <= "\udfff" for c in argument)
+def export(arguments: Sequence[str]) -> int:
+    """Write a model in the form of another package, checked against it."""
+    from triscale.options import ExportOptions
+
+    options = _parse(ExportOptions, arguments, "triscale export", export.__doc__ or "")
+    from triscale.exporting import export_model
+
+    parity = export_model(options.model, options.to, Path(options.output), _report)
+    print(f"{options.output}: {parity.summary()}")
+    _write_json(options.json, parity.values())
+    return 0
 
 
 def data(arguments: Sequence[str]) -> int:
@@ -308,22 +303,16 @@ def bench_step(arguments: Sequence[str]) -> int:
 
 def bench_data(arguments: Sequence[str]) -> int:
     """How fast a recipe's data is made, and where the time goes, without training."""
-    arguments, json_path = _take_option(arguments, "--json")
-    arguments, seconds = _take_number(arguments, "--seconds")
-    arguments, needs = _take_number(arguments, "--needs")
+    from triscale.options import take_number, take_option
+
+    arguments, json_path = take_option(arguments, "--json")
+    arguments, seconds = take_number(arguments, "--seconds")
+    arguments, needs = take_number(arguments, "--needs")
     config, recipe = _recipe_config("bench data", arguments)
     from triscale.bench import data as bench_of_data
 
     _write_json(json_path, bench_of_data.run(config, recipe, seconds=seconds, needs=needs, say=_report).values())
     return 0
-
-
-def _take_number(arguments: Sequence[str], option: str) -> tuple[list[str], float | None]:
-    rest, text = _take_option(arguments, option)
-    try:
-        return rest, float(text) if text else None
-    except ValueError:
-        raise UsageError(f"{option} {text!r} is not a number") from None
 
 
 BENCH_COMMANDS: dict[str, tuple[Command, str]] = {
@@ -344,6 +333,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (train, "train a recipe, or go on with its run"),
     "eval": (evaluate, "score a run on evaluation sets"),
     "classify": (classify, "tell which of your labels fits each of your images"),
+    "export": (export, "write a model for open_clip, Hugging Face, ONNX or as safetensors"),
     "verify": (verify, "hold the exact step against plain autograd for a recipe's own towers"),
     "bench": (bench, "measure time and memory beside other packages: loss, step, data"),
     "data": (data, "look at data, write data sets and tokenizers: index, stats, pack, tokenizer"),

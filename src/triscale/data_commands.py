@@ -13,12 +13,14 @@ from rich.table import Table
 from triscale.assembly import captions_of
 from triscale.data.captions import CaptionRules
 from triscale.data.indexing import index_shards
+from triscale.data.named_tokenizers import read_tokenizer
 from triscale.data.pack import pack_scenes, write_shards
 from triscale.data.paths import matching_files, split_patterns
 from triscale.data.sources import open_source, split_kind
 from triscale.data.stats import measure
 from triscale.data.stats_page import stats_page, summary
-from triscale.data.text import Tokenizer, train_tokenizer
+from triscale.data.text import SentencePieceTokenizer, train_tokenizer
+from triscale.data.tokenizer import open_tokenizer
 from triscale.errors import UsageError
 from triscale.evaluation.suite import printable
 from triscale.options import IndexOptions, PackOptions, StatsOptions, TokenizerOptions
@@ -69,12 +71,7 @@ def stats(options: StatsOptions) -> dict[str, Any]:
     """Measure a source, print and write the page; returns the figures as JSON values."""
     if options.samples < 0 or options.workers < 0:
         raise UsageError("--samples and --workers must be at least 0")
-    tokenizer = None
-    if options.tokenizer:
-        try:
-            tokenizer = Tokenizer(Path(options.tokenizer).read_bytes(), options.tokens)
-        except OSError as error:
-            raise UsageError(f"tokenizer {options.tokenizer!r} cannot be read: {error.strerror}") from error
+    tokenizer = open_tokenizer(read_tokenizer(options.tokenizer), options.tokens) if options.tokenizer else None
     source = open_source(options.source, options.root, options.columns)
     found = measure(
         source,
@@ -120,7 +117,7 @@ def tokenizer(options: TokenizerOptions) -> None:
     source = open_source(options.source, "", options.columns)
     model = train_tokenizer(captions_of(source, CaptionRules(fields=options.fields)), options.vocabulary)
     _write(options.output, model)
-    print(f"{options.output}: {Tokenizer(model, length=2).vocabulary_size} tokens")
+    print(f"{options.output}: {SentencePieceTokenizer(model, length=2).vocabulary_size} tokens")
 
 
 def _write(path: str, content: bytes) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from tyro.conf import Positional
 
 from triscale.data.scenes import SEED
+from triscale.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +17,7 @@ class EvalOptions:
     """triscale eval RUN"""
 
     run: Positional[str]
-    """The run folder."""
+    """A run folder, a model of open_clip or Hugging Face, or hf-hub:ORGANISATION/NAME (docs/exchange.md)."""
     data: tuple[str, ...] = ()
     """Evaluation sets: folders or globs in CLIP_benchmark's layout or of class folders, or "scenes:NAME". None given:
     those of the run."""
@@ -32,7 +34,7 @@ class ClassifyOptions:
     """triscale classify RUN --labels "a,b" IMAGE..."""
 
     run: Positional[str]
-    """The run folder."""
+    """A run folder, a model of open_clip or Hugging Face, or hf-hub:ORGANISATION/NAME (docs/exchange.md)."""
     images: Positional[tuple[str, ...]]
     """Image files."""
     labels: str
@@ -43,6 +45,53 @@ class ClassifyOptions:
     """cpu, cuda or mps."""
     json: str = ""
     """File for the probabilities as JSON."""
+
+
+def take_option(arguments: Sequence[str], option: str) -> tuple[list[str], str]:
+    """`arguments` without `option VALUE` (or option=VALUE), and the value; "" where it is not there."""
+    rest, value = [], ""
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == option or argument.startswith(f"{option}="):
+            value = argument.partition("=")[2] or next(remaining, "")
+            if not value:
+                raise UsageError(f"{option} needs a value")
+        else:
+            rest.append(argument)
+    return rest, value
+
+
+def take_number(arguments: Sequence[str], option: str) -> tuple[list[str], float | None]:
+    """`arguments` without `option NUMBER`, and the number; None where it is not there."""
+    rest, text = take_option(arguments, option)
+    try:
+        return rest, float(text) if text else None
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is not a number") from None
+
+
+def parse_labels(text: str) -> list[str]:
+    """The labels of `ClassifyOptions`; UsageError unless they are distinct names."""
+    labels = [label.strip() for label in text.split(",")]
+    undecoded = any("\ud800" <= c <= "\udfff" for c in text)  # bytes that are no UTF-8
+    if not all(labels) or len(set(labels)) < len(labels) or undecoded:
+        raise UsageError(f'--labels {text!r} must be distinct names separated by commas, such as "cat,dog"')
+    return labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """triscale export MODEL --to FORMAT --output DIR"""
+
+    model: Positional[str]
+    """A run folder, a model of open_clip or Hugging Face, or hf-hub:ORGANISATION/NAME (docs/exchange.md)."""
+    to: Literal["open_clip", "hf", "onnx", "safetensors"]
+    """open_clip: for its "local-dir:"; hf: transformers' CLIPModel or SiglipModel; onnx: a graph of each tower;
+    safetensors: one file of weights, which triscale.load reads."""
+    output: str
+    """A new folder."""
+    json: str = ""
+    """File for the largest differences of embeddings as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +151,7 @@ class StatsOptions:
     fields: tuple[str, ...] = ("txt",)
     """Where captions come from: "txt", or "json:NAME" for a field of the sidecar."""
     tokenizer: str = ""
-    """A sentencepiece model that counts tokens; empty: none are counted."""
+    """What counts tokens: a sentencepiece model, "open_clip" or "hf:NAME"; empty: none are counted."""
     tokens: int = 64
     """Length of the token rows that captions are cut at."""
     samples: int = 100_000

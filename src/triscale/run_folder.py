@@ -15,6 +15,7 @@ import torch
 
 from triscale import __version__, distributed
 from triscale.config import RunConfig, read_config, refuse_changes, to_dict
+from triscale.data.tokenizer import JSON_FILE, MODEL_FILE, file_name
 from triscale.errors import LostProcess, RunError, UsageError
 from triscale.evaluation.suite import Results
 from triscale.models.hf_text import self_contained
@@ -29,7 +30,7 @@ class Files:
         self.folder = folder
         self.config = folder / "config.json"
         self.resolved = folder / "resolved.json"
-        self.tokenizer = folder / "tokenizer.model"
+        self.tokenizers = (folder / MODEL_FILE, folder / JSON_FILE)
         self.preprocess = folder / "preprocess.json"
         self.quarantine = folder / "quarantine.jsonl"
         self.results = folder / "results.json"
@@ -105,6 +106,16 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         raise RunError(f"{str(path)!r} could not be written: {error.strerror}") from error
+
+
+def saved_tokenizer(files: Files) -> Path | None:
+    """The file of the run's tokenizer; None before the run has one."""
+    return next((path for path in files.tokenizers if path.exists()), None)
+
+
+def write_tokenizer(files: Files, content: bytes) -> None:
+    """Write the run's tokenizer, by the name that its kind has; rank 0 alone."""
+    write_bytes(files.folder / file_name(content), content)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

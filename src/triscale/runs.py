@@ -21,6 +21,7 @@ from triscale import distributed
 from triscale.assembly import (
     check_model,
     check_sharding,
+    check_tokenizer,
     describe_optimizer,
     describe_sharding,
     device_of,
@@ -59,8 +60,9 @@ from triscale.run_folder import (
     resolved,
     run_folder,
     saved_results,
-    write_bytes,
+    saved_tokenizer,
     write_json,
+    write_tokenizer,
 )
 from triscale.scores import headline, publish, show
 from triscale.training import checkpoint, memory, optim
@@ -126,10 +128,11 @@ def train_run(config: RunConfig, recipe: str) -> int:
         check_sharding(config, device)
         open_run_folder(files, config, recipe)
         with locked(files.folder):
-            tokenizer = make_tokenizer(config, mixture, files.tokenizer)
+            tokenizer = make_tokenizer(config, mixture, saved_tokenizer(files))
             ids = make_ids(mixture, files.folder / "ids", device) if config.data.distinct_ids else None
             reader = make_reader(config, mixture, tokenizer, ids)
             model, loss = make_model(config, reader.tokenizer.vocabulary_size)
+            check_tokenizer(model, reader.tokenizer)
             place_model(config, model, loss, device)
             run = Run(
                 config=config,
@@ -162,7 +165,7 @@ def _go_on(run: Run, tokenizer: bytes) -> int:
             show(run.files, results)
             return 0
     else:
-        write_bytes(run.files.tokenizer, tokenizer)
+        write_tokenizer(run.files, tokenizer)
         write_json(run.files.preprocess, preprocess(run.config))
         status = _train(run, done)
         if status:

@@ -40,7 +40,7 @@ from triscale.data.rows import BatchReader
 from triscale.data.samples import REASONS, BadSample, PartlyUsed, Source
 from triscale.data.settings import DataSettings
 from triscale.data.sources import open_source
-from triscale.data.text import Tokenizer, train_tokenizer
+from triscale.data.text import SentencePieceTokenizer, train_tokenizer
 from triscale.models.settings import ModelSettings
 from triscale.training.settings import BatchSettings, TrainSettings
 
@@ -66,7 +66,7 @@ LABELLED = CaptionRules(fields=FIELDS, ids="label")
 
 
 def reader(source: Source, rules: CaptionRules = ANYTHING) -> BatchReader:
-    order, tokenizer = Order([len(source)], seed=0), Tokenizer(TOKENIZER, 12)
+    order, tokenizer = Order([len(source)], seed=0), SentencePieceTokenizer(TOKENIZER, 12)
     return BatchReader([source], [rules], order, tokenizer, Augmentation(SETTINGS.augment, 24), SETTINGS, 0)
 
 

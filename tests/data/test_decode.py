@@ -257,13 +257,13 @@ def test_a_png_keeps_its_size_whatever_side_is_wanted() -> None:
 # Squares.
 
 
-@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
 def test_a_square_of_the_right_size_is_left_as_it_is(fit) -> None:
     image = picture(32, 32)
     assert fit_square(image, 32, fit) is image
 
 
-@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1), (31, 32), (33, 32), (100, 60), (7, 5)])
 def test_every_shape_becomes_a_square(fit, shape: tuple[int, int]) -> None:
     square = fit_square(picture(*shape), 32, fit)
@@ -278,11 +278,17 @@ def test_crop_takes_the_middle_and_pad_shows_all_on_white() -> None:
     assert (padded[:6] == 255).all() and (padded[26:] == 255).all()
 
 
-@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
 def test_reducing_averages_rather_than_skips_pixels(fit) -> None:
     board = np.indices((256, 256)).sum(0) % 2 * np.uint8(255)
     reduced = fit_square(np.repeat(board[..., None], 3, 2).astype(np.uint8), 16, fit)
     assert np.abs(reduced.astype(int) - 127).max() <= 2
+
+
+def test_squash_resizes_the_whole_image_as_pillow_does() -> None:
+    image = picture(40, 64)
+    expected = np.asarray(Image.fromarray(image).resize((24, 24), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(fit_square(image, 24, "squash") - expected).max() <= 1
 
 
 @pytest.mark.parametrize(("size", "shape"), [(24, (48, 64)), (17, (200, 90)), (64, (20, 33))])

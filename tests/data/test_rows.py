@@ -21,7 +21,7 @@ from triscale.data.rows import BatchReader, StreamedBatch
 from triscale.data.samples import Sample
 from triscale.data.settings import DataSettings
 from triscale.data.sources import open_source
-from triscale.data.text import Tokenizer
+from triscale.data.text import SentencePieceTokenizer
 from triscale.errors import RunError
 
 
@@ -140,7 +140,7 @@ def test_drawn_scenes_make_batches_too():
     scenes = open_source("scenes", "")
     settings = DataSettings(image_size=24, tokens=8)
     order = Order([len(scenes)], seed=0)
-    tokenizer = Tokenizer(reader.tokenizer.model, 8)
+    tokenizer = SentencePieceTokenizer(reader.tokenizer.content, 8)
     batch = BatchReader(
         [scenes], [rules_of(settings)], order, tokenizer, Augmentation(settings.augment, 24), settings, 0
     )(range(4))

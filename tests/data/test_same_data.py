@@ -22,7 +22,7 @@ from triscale.data.loader import batches
 from triscale.data.mixture import Mixture
 from triscale.data.rows import Batch, BatchReader
 from triscale.data.samples import Sample
-from triscale.data.text import Tokenizer, train_tokenizer
+from triscale.data.text import SentencePieceTokenizer, train_tokenizer
 
 BATCH, STEPS, SEED = 10, 40, 3
 MODEL = train_tokenizer([*NAMES, "a photo of it, shape 0123456789"], 60)
@@ -59,7 +59,7 @@ def make_reader(kind: str, counts: tuple[int, ...] = COUNTS, seed: int = SEED, b
         order = DistinctOrder(order, [read_ids(source, rules, range(len(source))) for source, rules in parts], batch)
     data = replace(SETTINGS, canvas=0)
     augmentation = Augmentation(data.augment, data.image_size)
-    tokenizer = Tokenizer(MODEL, data.tokens)
+    tokenizer = SentencePieceTokenizer(MODEL, data.tokens)
     return BatchReader(mixture.sources, mixture.captions, order, tokenizer, augmentation, data, seed)
 
 

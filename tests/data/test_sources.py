@@ -18,7 +18,7 @@ from triscale.data.rows import BatchReader
 from triscale.data.samples import PartlyUsed, Source
 from triscale.data.settings import AugmentSettings, DataSettings
 from triscale.data.sources import KINDS, needs_root, open_source
-from triscale.data.text import Tokenizer, train_tokenizer
+from triscale.data.text import SentencePieceTokenizer, train_tokenizer
 from triscale.errors import UsageError
 
 COUNT = 12
@@ -68,7 +68,7 @@ def test_every_kind_gives_the_same_pictures_with_their_captions(root: Path, spec
 
 def test_every_kind_makes_the_same_batches(root: Path) -> None:
     settings = DataSettings(image_size=9, tokens=4)
-    tokenizer = Tokenizer(train_tokenizer(["word 0 1 2"] * 9, 40), 4)
+    tokenizer = SentencePieceTokenizer(train_tokenizer(["word 0 1 2"] * 9, 40), 4)
     made = []
     for spec in ("00.tar", "folder:pairs", "pairs.csv"):
         source = open_source(spec, str(root))

@@ -16,7 +16,7 @@ from triscale.data.samples import BadSample, Sample
 from triscale.data.scenes import Scenes
 from triscale.data.stats import SHOWN_BAD, Statistics, measure
 from triscale.data.stats_page import POLICY, stats_page, summary
-from triscale.data.text import Tokenizer, train_tokenizer
+from triscale.data.text import SentencePieceTokenizer, train_tokenizer
 from triscale.errors import RunError
 
 
@@ -63,11 +63,11 @@ def some() -> Listed:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(train_tokenizer(["one two", "three", "four"] * 10, 30), 4)
+def tokenizer() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(train_tokenizer(["one two", "three", "four"] * 10, 30), 4)
 
 
-def test_the_figures_are_those_of_the_samples(tokenizer: Tokenizer) -> None:
+def test_the_figures_are_those_of_the_samples(tokenizer: SentencePieceTokenizer) -> None:
     found = measure(some(), tokenizer=tokenizer)
     assert (found.length, found.samples, found.labelled) == (7, 7, 1)
     assert found.bad == {"image-truncated": 1, "image-unreadable": 1, "caption-not-utf8": 1, "image-missing": 1}
@@ -84,10 +84,10 @@ def test_the_figures_are_those_of_the_samples(tokenizer: Tokenizer) -> None:
     assert values["image_width"]["p100"] == 30 and values["truncated_fraction"] == found.truncated / 4
 
 
-def test_a_caption_that_encode_cuts_is_one_that_counts_as_cut(tokenizer: Tokenizer) -> None:
+def test_a_caption_that_encode_cuts_is_one_that_counts_as_cut(tokenizer: SentencePieceTokenizer) -> None:
     texts = ["one", "one two three", "four " * 9, "t", ""]
     for text, count, row in zip(texts, tokenizer.count(texts), tokenizer.encode(texts), strict=True):
-        longer = Tokenizer(tokenizer.model, 60).encode([text])[0]
+        longer = SentencePieceTokenizer(tokenizer.content, 60).encode([text])[0]
         assert (count > tokenizer.length) == (np.count_nonzero(longer) > np.count_nonzero(row))
 
 
@@ -132,7 +132,7 @@ class Tags(HTMLParser):
 EVIL = "<script>alert(1)</script>\"'&\x1b[31m\u202e" + "x" * 500
 
 
-def test_the_page_escapes_what_comes_from_the_data_and_loads_nothing(tokenizer: Tokenizer) -> None:
+def test_the_page_escapes_what_comes_from_the_data_and_loads_nothing(tokenizer: SentencePieceTokenizer) -> None:
     source = Listed([*some().samples, BadSample("image-missing", EVIL)], name=EVIL)
     page = stats_page(measure(source, tokenizer=tokenizer))
     tags = Tags()

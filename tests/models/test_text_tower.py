@@ -104,6 +104,40 @@ def test_pooled_at_its_first_token_the_tower_embeds_the_state_there() -> None:
     torch.testing.assert_close(pooled, tower.projection(tower.norm(states[0])), rtol=1e-12, atol=1e-12)
 
 
+def test_pooled_at_the_final_place_every_token_is_attended_to_and_padding_counts() -> None:
+    settings = ModelSettings(
+        text_width=WIDTH,
+        text_layers=1,
+        text_heads=1,
+        embedding=EMBEDDING,
+        text_pooling="final",
+        text_activation="gelu_tanh",
+        text_norm_epsilon=1e-6,
+        text_projection_bias=True,
+    )
+    tower = build_text_tower(settings, vocabulary=VOCABULARY, tokens=TOKENS).double()
+    torch.nn.init.normal_(tower.projection.bias)
+    tokens = rows_of([2, 9, 4], TOKENS)
+    x = tower.token_embedding(tokens) + tower.position_embedding
+    block = tower.blocks[0]
+    q, k, v = block.attention.qkv(F.layer_norm(x, (WIDTH,), block.attention_norm.weight, None, 1e-6)).chunk(3, dim=2)
+    x = x + block.attention.out(torch.softmax(q @ k.mT / WIDTH**0.5, dim=2) @ v)
+    hidden = F.gelu(block.mlp[0](F.layer_norm(x, (WIDTH,), None, None, 1e-6)), approximate="tanh")
+    final = F.layer_norm((x + block.mlp[2](hidden))[:, -1], (WIDTH,), None, None, 1e-6)
+    expected = final @ tower.projection.weight.T + tower.projection.bias
+    torch.testing.assert_close(tower(tokens), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "last", "final"])
+def test_computing_padding_too_changes_no_embedding(pooling: Pooling) -> None:
+    settings = ModelSettings(text_width=WIDTH, text_heads=HEADS, embedding=EMBEDDING, text_pooling=pooling)
+    tower = build_text_tower(settings, vocabulary=VOCABULARY, tokens=TOKENS).double()
+    tokens = torch.cat([rows_of([2, 9, 4], TOKENS), torch.zeros(1, TOKENS, dtype=torch.int64)])
+    packed = tower(tokens)
+    tower.whole = True
+    torch.testing.assert_close(tower(tokens), packed, rtol=1e-12, atol=1e-12)
+
+
 def test_padding_further_changes_neither_embeddings_nor_gradients(tower: TextTower) -> None:
     lengths = [1, 3, 6]
     short, long = rows_of(lengths, 6), F.pad(rows_of(lengths, 6), (0, TOKENS - 6))
@@ -126,7 +160,7 @@ def test_the_padding_token_gets_no_gradient(tower: TextTower) -> None:
     assert gradient[1:].any()
 
 
-@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "first", "last", "final"])
 def test_a_row_of_nothing_but_padding_is_finite_and_so_are_its_gradients(pooling: Pooling) -> None:
     settings = ModelSettings(text_width=WIDTH, text_heads=HEADS, embedding=EMBEDDING, text_pooling=pooling)
     tower = build_text_tower(settings, vocabulary=VOCABULARY, tokens=TOKENS).double()

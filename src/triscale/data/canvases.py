@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -12,7 +11,7 @@ from triscale.data.crop import Crop
 from triscale.data.decode import EncodedImage, decode_image
 from triscale.data.resize import crop_square, fit_square
 from triscale.data.samples import Sample
-from triscale.data.settings import DataSettings
+from triscale.data.settings import DataSettings, Fit
 
 CACHE_BYTES = 256 * 2**20
 """Fitted squares are kept in a process's memory where those of all samples fit into so much."""
@@ -31,7 +30,7 @@ class Canvases:
 
     def __init__(self, settings: DataSettings, samples: int) -> None:
         self.size = settings.canvas or settings.image_size
-        self.fit: Literal["crop", "pad"] = settings.fit
+        self.fit: Fit = settings.fit
         cropped = settings.augment.crop_area != (1.0, 1.0)
         self._keeps = not cropped and samples * 3 * self.size**2 <= CACHE_BYTES
         self._kept: dict[tuple[int, int], np.ndarray] = {}

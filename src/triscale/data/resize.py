@@ -5,30 +5,31 @@ Resizing is torch's: antialiased bicubic of uint8 pixels, within 1 of Pillow's.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
 
 from triscale.data.crop import Box
+from triscale.data.settings import Fit
 
 EIGHTHS = 8
 """Sizes at which JPEGs are decoded are counted in eighths of the whole."""
 
 
-def fit_square(image: UInt8[np.ndarray, "h w 3"], size: int, fit: Literal["crop", "pad"]) -> UInt8[np.ndarray, "s s 3"]:
+def fit_square(image: UInt8[np.ndarray, "h w 3"], size: int, fit: Fit) -> UInt8[np.ndarray, "s s 3"]:
     """Make an image (size, size, 3): the same for training and evaluation. Antialiased bicubic.
 
     Args:
         image: uint8 RGB. One of (size, size, 3) is returned as it is.
         size: side in pixels.
-        fit: "crop" takes the middle square; "pad" shows the whole image, centred on white.
+        fit: "crop" takes the middle square; "pad" shows the whole image, centred on white; "squash" gives up its shape.
     """
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
+    if fit == "squash":
+        return resize(image, size, size)
     if fit == "crop":
         # Cropped before it is resized, or else a thin image would grow beyond all bounds.
         side = min(height, width)

@@ -30,7 +30,7 @@ from triscale.data.processes import note
 from triscale.data.quarantine import BadRecord
 from triscale.data.samples import BadSample, FetchesAhead, Sample, Source
 from triscale.data.settings import DataSettings
-from triscale.data.text import Tokenizer
+from triscale.data.tokenizer import Tokenizer
 from triscale.errors import RunError
 from triscale.randomness import generator
 

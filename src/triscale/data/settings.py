@@ -10,6 +10,7 @@ from typing import Literal, cast
 from triscale.errors import UsageError
 
 Ids = Literal["none", "label", "caption"]
+Fit = Literal["crop", "pad", "squash"]
 _SOURCE_OPTION = re.compile(r"\s+(weight|fields|classes|templates|ids)=(\S*)$")
 
 
@@ -92,14 +93,16 @@ class DataSettings:
     """Side, in pixels, of the images that the image tower sees."""
     canvas: int = 0
     """Side, in pixels, that images are decoded to before augmentation; 0 means `image_size`."""
-    fit: Literal["crop", "pad"] = "crop"
-    """How an image becomes square: "crop" its middle, or "pad" it with white. See also augment.crop_area."""
+    fit: Fit = "crop"
+    """How an image becomes square: "crop" its middle, "pad" it with white, or "squash" it. See also
+    augment.crop_area."""
     tokens: int = 16
     """Length of a token row; longer captions are cut, shorter ones padded."""
     vocabulary: int = 8192
     """Largest number of sentencepiece tokens; it shrinks to what the captions allow."""
     tokenizer: str = ""
-    """A sentencepiece model to use; empty: one is trained from the source's captions."""
+    """The tokenizer to use: a file with a sentencepiece model, "open_clip" for CLIP's, or "hf:NAME" for that of a model
+    of Hugging Face's hub or of a folder; empty: sentencepiece, trained from the source's captions."""
     caption_fields: tuple[str, ...] = ("txt",)
     """Where captions come from; one is drawn per sample: "txt", "json:NAME" for a field of the sidecar, or "cls" for
     the name of the sample's class, in sources with `classes`."""

@@ -17,7 +17,7 @@ from triscale.data.captions import all_captions
 from triscale.data.decode import decode_image
 from triscale.data.processes import note
 from triscale.data.samples import BadSample, PartlyUsed, Sample, Source
-from triscale.data.text import Tokenizer
+from triscale.data.tokenizer import Tokenizer
 from triscale.data.workers import Watch, run
 from triscale.errors import RunError
 

@@ -67,25 +67,25 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int) -> bytes:
     return model.getvalue()
 
 
-class Tokenizer:
+class SentencePieceTokenizer:
     """Texts to token rows of one length.
 
     Args:
-        model: a sentencepiece model, as `train_tokenizer` gives it or made elsewhere with pad id 0.
+        content: a sentencepiece model, as `train_tokenizer` gives it or made elsewhere with pad id 0.
         length: tokens in a row; at least 2.
 
     Raises:
-        UsageError: `model` is not a sentencepiece model, or lacks padding with id 0 or an end token.
+        UsageError: `content` is not a sentencepiece model, or lacks padding with id 0 or an end token.
     """
 
-    def __init__(self, model: bytes, length: int) -> None:
+    def __init__(self, content: bytes, length: int) -> None:
         if length < 2:
             raise UsageError(f"a row of {length} tokens cannot hold a word and the end token: raise --data.tokens")
-        self.model = model
+        self.content = content
         self.length = length
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            loaded = len(model) > 0 and self._processor.LoadFromSerializedProto(model)
+            loaded = len(content) > 0 and self._processor.LoadFromSerializedProto(content)
         except (RuntimeError, OSError):
             loaded = False
         if not loaded:
@@ -93,9 +93,14 @@ class Tokenizer:
         if self._processor.pad_id() != PAD or self._processor.eos_id() < 0:
             raise UsageError("the tokenizer must pad with id 0 and have an end token: train one from the captions")
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes, int]]:
+    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[bytes, int]]:
         # To worker processes travels the model, not the C++ object.
-        return Tokenizer, (self.model, self.length)
+        return SentencePieceTokenizer, (self.content, self.length)
+
+    @property
+    def padding(self) -> int:
+        """The id that fills a row."""
+        return PAD
 
     @property
     def vocabulary_size(self) -> int:

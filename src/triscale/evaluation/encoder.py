@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from triscale import distributed
 from triscale.data.resize import fit_square
 from triscale.data.samples import BadSample
+from triscale.data.settings import Fit
 from triscale.errors import RunError
 from triscale.evaluation.datasets import EvaluationSet, Example
 
@@ -32,8 +32,8 @@ class Encoder:
     text: Callable[[list[str]], Float[Tensor, "n d"]]
     """Embeds texts; embeddings need not be normalised."""
     image_size: int
-    fit: Literal["crop", "pad"]
-    """How an image becomes square: "crop" its middle, or "pad" it with white."""
+    fit: Fit
+    """How an image becomes square: "crop" its middle, "pad" it with white, or "squash" it."""
     device: str = "cpu"
     """Where the embeddings are."""
     batch_size: int = 256

@@ -32,6 +32,11 @@ class DualEncoder(nn.Module):
         self.image = image
         self.text = text
 
+    @property
+    def embedding(self) -> int:
+        """d, the width of the embeddings."""
+        return self.text.projection.out_features
+
     def towers(self) -> dict[str, nn.Module]:
         """The lanes of `ContrastiveStep`."""
         return {"image": self.image, "text": self.text}

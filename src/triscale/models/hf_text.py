@@ -103,8 +103,10 @@ def build_hugging_face_text(settings: ModelSettings, *, vocabulary: int, tokens:
 
     Raises:
         UsageError: transformers is not installed; there is no such model, it is no text encoder, or has no weights as
-            safetensors; it takes fewer tokens, or has fewer token ids; options that it does not have.
+            safetensors; it takes fewer tokens, or has fewer token ids; options that it does not have, or a pooling.
     """
+    if settings.text_pooling == "final":
+        raise UsageError(f"--model.text {settings.text} does not attend to padding: pool mean, first or last")
     config = _configuration(settings)
     if settings.text_weights == "random":
         given = _options(settings)

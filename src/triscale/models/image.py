@@ -34,6 +34,14 @@ _RESERVED_OPTIONS = (set(inspect.signature(timm.create_model).parameters) - {"kw
 }
 
 
+def _projection(features: int, embedding: int, bias: bool) -> nn.Linear:
+    layer = nn.Linear(features, embedding, bias=bias)
+    nn.init.normal_(layer.weight, std=features**-0.5)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
 class ImageTower(nn.Module):
     """Images to embeddings, (m, 3, s, s) -> (m, d), not normalised.
 
@@ -45,6 +53,7 @@ class ImageTower(nn.Module):
         features: width of the backbone's pooled features.
         embedding: d.
         dropout: probability on the pooled features.
+        project: whether there is a projection; otherwise `embedding` is `features`.
         bias: whether the projection adds one.
         channel_mean, channel_std: of red, green and blue in [0, 1], that images are normalised by; ImageNet's.
     """
@@ -59,6 +68,7 @@ class ImageTower(nn.Module):
         features: int,
         embedding: int,
         dropout: float = 0.0,
+        project: bool = True,
         bias: bool = False,
         channel_mean: tuple[float, float, float] = MEAN,
         channel_std: tuple[float, float, float] = STD,
@@ -66,10 +76,7 @@ class ImageTower(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
-        self.projection = nn.Linear(features, embedding, bias=bias)
-        nn.init.normal_(self.projection.weight, std=features**-0.5)
-        if bias:
-            nn.init.zeros_(self.projection.bias)
+        self.projection = _projection(features, embedding, bias) if project else nn.Identity()
         # Channels-last images make CPU towers up to a fifth faster, but one with grouped GroupNorm a seventh slower.
         grouped = any(isinstance(module, nn.GroupNorm) and module.num_groups > 1 for module in backbone.modules())
         self.memory_format = torch.contiguous_format if grouped else torch.channels_last
@@ -92,7 +99,8 @@ class ImageTower(nn.Module):
 
     def forward(self, images: UInt8[Tensor, "m 3 s s"] | Float[Tensor, "m 3 s s"]) -> Float[Tensor, "m d"]:
         """Embed images of the side s that the tower was built for."""
-        dtype = self.projection.weight.dtype
+        last = self.projection if isinstance(self.projection, nn.Linear) else self
+        dtype = next(last.parameters()).dtype
         # At least float32 until normalised: bfloat16 cannot tell neighbouring pixel values apart.
         scaled = images.to(torch.promote_types(dtype, torch.float32), memory_format=self.memory_format)
         if images.dtype == torch.uint8:
@@ -108,7 +116,8 @@ def build_image_tower(settings: ModelSettings, image_size: int) -> ImageTower:
 
     Raises:
         UsageError: an unknown model name, options that are no JSON object or that the model does not take, a model
-            without stochastic depth where some is asked for, or one that cannot embed images of this size.
+            without stochastic depth where some is asked for, one that cannot embed images of this size, or one whose
+            features have another width than the embedding, without a projection.
     """
     name = settings.image
     # A pretraining tag after a dot is part of timm's names; an address of weights is not.
@@ -120,6 +129,10 @@ def build_image_tower(settings: ModelSettings, image_size: int) -> ImageTower:
     with torch.device("meta"):
         options |= _architecture_options(_create(name, options), settings, image_size)
         features = _feature_width(_create(name, options), name, image_size)
+    if not settings.image_projection and features != settings.embedding:
+        raise UsageError(
+            f"--model.embedding is {settings.embedding}; without a projection it must be {name}'s {features} features"
+        )
     backbone = _create(name, options)
     if settings.batch_norm != "keep":
         backbone = convert_batch_norm(backbone, settings.batch_norm)
@@ -128,6 +141,7 @@ def build_image_tower(settings: ModelSettings, image_size: int) -> ImageTower:
         features=features,
         embedding=settings.embedding,
         dropout=settings.dropout,
+        project=settings.image_projection,
         bias=settings.image_projection_bias,
         channel_mean=settings.image_mean,
         channel_std=settings.image_std,

@@ -26,6 +26,8 @@ class ModelSettings:
     """Mean of red, green and blue, in [0, 1], that images are normalised by."""
     image_std: tuple[float, float, float] = STD
     """Their standard deviation."""
+    image_projection: bool = True
+    """Whether a linear projection follows the image tower; without one d is the width of its features (SigLIP)."""
     image_projection_bias: bool = False
     """Whether the image tower's projection adds a bias, as CLIP's ResNets do."""
     text: str = "transformer"
@@ -41,11 +43,16 @@ class ModelSettings:
     """Blocks of the text transformer."""
     text_heads: int = 4
     """Attention heads of each block; must divide `text_width`."""
-    text_activation: Literal["gelu", "quick_gelu"] = "gelu"
-    """Activation of the text transformer's MLPs; "quick_gelu" is OpenAI's."""
-    text_pooling: Literal["mean", "first", "last"] = "mean"
+    text_activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    """Activation of the text transformer's MLPs; "quick_gelu" is OpenAI's, "gelu_tanh" SigLIP's."""
+    text_pooling: Literal["mean", "first", "last", "final"] = "mean"
     """Which of the top layer's tokens are embedded: the mean of all, the first, or the last (CLIP's end of text); for
-    "last" a token attends to those before it alone, as in CLIP."""
+    "last" a token attends to those before it alone, as in CLIP. "final" is the last place of the row, and padding is
+    attended to like any token, as in SigLIP."""
+    text_norm_epsilon: float = 1e-5
+    """Added to the variance by the text transformer's LayerNorms."""
+    text_projection_bias: bool = False
+    """Whether the text transformer's projection adds a bias, as SigLIP's does."""
     embedding: int = 256
     """Width d of the embeddings that both towers give."""
     dropout: float = 0.0

@@ -12,6 +12,8 @@ Shapes: m rows of l tokens, t real tokens in all of them, w width, d embedding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from triscale.errors import UsageError
 from triscale.models.settings import ModelSettings
 
 PAD = 0
-Pooling = Literal["mean", "first", "last"]
+Pooling = Literal["mean", "first", "last", "final"]
 
 
 class Packing(NamedTuple):
@@ -33,6 +35,8 @@ class Packing(NamedTuple):
     """True where a token stands."""
     places: Int64[Tensor, " t"]
     """Each token's place in the flattened rows, ascending."""
+    whole: bool = False
+    """Whether all places are there, padding too, so that t is m*l: the shapes then do not depend on the tokens."""
 
     @property
     def rows(self) -> Int64[Tensor, " t"]:
@@ -48,27 +52,43 @@ class Packing(NamedTuple):
     def unpack(self, x: Float[Tensor, "t c"]) -> Float[Tensor, "m l c"]:
         """Put packed tokens in their places, zeros elsewhere."""
         m, columns = self.attended.shape
+        if self.whole:
+            return x.view(m, columns, -1)
         return x.new_zeros(m * columns, x.shape[1]).index_copy(0, self.places, x).view(m, columns, -1)
 
     def pack(self, x: Float[Tensor, "m l c"]) -> Float[Tensor, "t c"]:
         """The inverse of `unpack`."""
-        return x.flatten(0, 1).index_select(0, self.places)
+        return x.flatten(0, 1) if self.whole else x.flatten(0, 1).index_select(0, self.places)
+
+    def bounds(self) -> tuple[Int64[Tensor, " m"], Int64[Tensor, " m"]]:
+        """Where each row's tokens begin and end in the packed ones, the end exclusive."""
+        counts = self.counts
+        if self.whole:
+            first = torch.arange(counts.shape[0], device=counts.device) * self.attended.shape[1]
+            return first, first + counts
+        ends = counts.cumsum(0)
+        return ends - counts, ends
 
 
-def pack_tokens(tokens: Int[Tensor, "m l"], pooling: Pooling = "mean") -> Packing:
+def pack_tokens(tokens: Int[Tensor, "m l"], pooling: Pooling = "mean", *, whole: bool = False) -> Packing:
     """Pack the tokens that a row's embedding depends on.
 
     For "mean" and "first" that is what is not padding. For "last" it is everything up to the last token that is not,
     because id 0 within a text is a word of CLIP's vocabulary; with CLIP's tokenizer that token is the end of the text.
-    A row of nothing but padding counts as full, so that its embedding is finite.
+    For "final" it is every token. A row of nothing but padding counts as full, so that its embedding is finite.
+
+    With `whole`, padding takes its place among the packed tokens, too, and no token may attend to it: embeddings are
+    the same, shapes depend on those of `tokens` alone, and an exporter can follow.
 
     On the meta device every token counts as real: the most that a batch of this shape can take.
     """
-    real = tokens != PAD
+    real = torch.ones_like(tokens, dtype=torch.bool) if pooling == "final" else tokens != PAD
     attended = real | ~real.any(dim=1, keepdim=True)
     if pooling == "last":
         places = torch.arange(tokens.shape[1], device=tokens.device)
         attended = places <= (places * attended).amax(dim=1, keepdim=True)
+    if whole:
+        return Packing(attended, torch.arange(tokens.numel(), device=tokens.device), whole=True)
     if tokens.is_meta:
         return Packing(attended, torch.arange(tokens.numel(), device=tokens.device))
     return Packing(attended, attended.flatten().nonzero().squeeze(1))
@@ -90,7 +110,11 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": QuickGELU,
+}
 
 
 class Attention(nn.Module):
@@ -127,11 +151,12 @@ class Block(nn.Module):
         drop_path: float,
         activation: str = "gelu",
         causal: bool = False,
+        norm_epsilon: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
+        self.attention_norm = nn.LayerNorm(width, eps=norm_epsilon)
         self.attention = Attention(width, heads, residual_std, causal)
-        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_norm = nn.LayerNorm(width, eps=norm_epsilon)
         self.mlp = nn.Sequential(
             _linear(width, 4 * width, std=(2 * width) ** -0.5),
             ACTIVATIONS[activation](),
@@ -168,7 +193,12 @@ class TextTower(nn.Module):
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
         activation: of the MLPs, a key of `ACTIVATIONS`.
         pooling: of the top layer, what is embedded: the mean of the real tokens, the first of them, or the last, the
-            end-of-text token of CLIP, under causal attention.
+            end-of-text token of CLIP, under causal attention; "final": the row's last place, padding being attended to.
+        norm_epsilon: of the LayerNorms.
+        projection_bias: whether the projection adds one.
+
+    Attributes:
+        whole: whether padding is computed, too, see `pack_tokens`.
     """
 
     def __init__(
@@ -184,8 +214,12 @@ class TextTower(nn.Module):
         drop_path: float = 0.0,
         activation: str = "gelu",
         pooling: Pooling = "mean",
+        norm_epsilon: float = 1e-5,
+        projection_bias: bool = False,
     ) -> None:
         super().__init__()
+        self.padding = PAD
+        self.whole = False
         self.pooling: Pooling = pooling
         # What is added to the residual stream 2*layers times starts smaller by the root of that number.
         residual_std = (2 * layers * width) ** -0.5
@@ -201,14 +235,17 @@ class TextTower(nn.Module):
                 drop_path=drop_path * depth / max(layers - 1, 1),
                 activation=activation,
                 causal=pooling == "last",
+                norm_epsilon=norm_epsilon,
             )
             for depth in range(layers)
         )
-        self.norm = nn.LayerNorm(width)
-        self.projection = nn.Linear(width, embedding, bias=False)
+        self.norm = nn.LayerNorm(width, eps=norm_epsilon)
+        self.projection = nn.Linear(width, embedding, bias=projection_bias)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding, std=0.01)
         nn.init.normal_(self.projection.weight, std=width**-0.5)
+        if projection_bias:
+            nn.init.zeros_(self.projection.bias)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay must spare, by timm's convention: positions, which have no scale to shrink."""
@@ -225,7 +262,7 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "m l"]) -> Float[Tensor, "m d"]:
         """Embed token rows; l is at most the tower's `tokens`."""
-        packing = pack_tokens(tokens, self.pooling)
+        packing = pack_tokens(tokens, self.pooling, whole=self.whole)
         words = self.token_embedding(tokens.flatten().index_select(0, packing.places))
         x = self.dropout(words + F.embedding(packing.places % tokens.shape[1], self.position_embedding))
         for block in self.blocks:
@@ -235,10 +272,11 @@ class TextTower(nn.Module):
     def _pool(self, x: Float[Tensor, "t w"], packing: Packing) -> Float[Tensor, "m w"]:
         """One normalised state a row."""
         if self.pooling == "mean":
-            sums = packing.unpack(self.norm(x)).sum(dim=1)
+            states = packing.unpack(self.norm(x))
+            sums = (states * packing.attended.unsqueeze(2) if packing.whole else states).sum(dim=1)
             return sums / packing.counts.unsqueeze(1).to(sums.dtype)
-        ends = packing.counts.cumsum(0)
-        return self.norm(x.index_select(0, ends - (1 if self.pooling == "last" else packing.counts)))
+        starts, ends = packing.bounds()
+        return self.norm(x.index_select(0, starts if self.pooling == "first" else ends - 1))
 
 
 def build_text_tower(settings: ModelSettings, *, vocabulary: int, tokens: int) -> TextTower:
@@ -266,4 +304,6 @@ def build_text_tower(settings: ModelSettings, *, vocabulary: int, tokens: int) -
         drop_path=settings.drop_path,
         activation=settings.text_activation,
         pooling=settings.text_pooling,
+        norm_epsilon=settings.text_norm_epsilon,
+        projection_bias=settings.text_projection_bias,
     )

@@ -1,0 +1,255 @@
+"""What a model is loaded from: run folders, exported models, and models of open_clip and of Hugging Face.
+
+Whatever its kind, a folder becomes `ModelFiles`: what the towers are built from, their tensors under our names, the
+tokenizer and the preprocessing. Everything in it is untrusted: JSON, safetensors and torch's tensors-only reader.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from triscale.config import from_dict
+from triscale.data.named_tokenizers import clip_tokenizer, hub_tokenizer, open_clip_merges, read_tokenizer
+from triscale.data.settings import Fit
+from triscale.data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, open_tokenizer
+from triscale.errors import UsageError
+from triscale.models import interop_hf, interop_open_clip
+from triscale.models.dual_encoder import build_dual_encoder
+from triscale.models.interop import BIAS, SCALE, ForeignModel, check_fit, to_ours
+from triscale.models.settings import ModelSettings
+from triscale.models.weights import find_weights, read_json, read_weights
+from triscale.training import checkpoint
+
+MAX_IMAGE_SIZE = 4096
+"""Largest side in pixels that a model may ask for."""
+RESOLVED, PREPROCESS = "resolved.json", "preprocess.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """preprocess.json: what becomes of an image before the image tower's first layer."""
+
+    image_size: int
+    """Side in pixels."""
+    fit: Fit
+    """How an image becomes square."""
+    mean: tuple[float, float, float]
+    """Of the channels, in [0, 1]."""
+    std: tuple[float, float, float]
+    """Of the channels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """What of resolved.json the towers are built from."""
+
+    model: ModelSettings
+    """The towers."""
+    vocabulary: int
+    """Number of token ids."""
+    tokens: int
+    """Length of a token row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """A model as its files hold it."""
+
+    resolved: Resolved
+    """What the towers are built from."""
+    preprocess: Preprocess
+    """What becomes of an image."""
+    tokenizer: Tokenizer
+    """Texts to token rows."""
+    tensors: dict[str, Tensor]
+    """Of the towers and the loss, by our names."""
+    where: Path
+    """The file or folder of the tensors, for messages."""
+
+    @property
+    def logit_scale(self) -> float:
+        """The learned factor on cosines; the files hold its natural logarithm."""
+        logarithm = self.tensors.get(SCALE)
+        if logarithm is None or logarithm.numel() != 1 or not abs(float(logarithm)) < 50:
+            raise UsageError(f"{str(self.where)!r} holds no usable {SCALE}")
+        return math.exp(float(logarithm))
+
+
+def open_model(path: Path, report: Callable[[str], None], *, average: bool = True) -> ModelFiles:
+    """Read a run folder, an exported model, or a model of open_clip or Hugging Face: a folder, or the weights in it.
+
+    Args:
+        path: the folder or file.
+        report: called with one line for each newer checkpoint that is damaged and passed over.
+        average: take the moving average of a run's weights, where it keeps one, rather than the last ones.
+
+    Raises:
+        UsageError: one of its files is missing, damaged, or does not fit the others.
+    """
+    folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise UsageError(
+            f"no run folder {str(path)!r}: give the folder that `triscale train` wrote, one of open_clip or Hugging "
+            "Face, or hf-hub:ORGANISATION/NAME"
+        )
+    weights = None if path.is_dir() else path
+    if (folder / RESOLVED).exists() or (weights is None and (folder / "checkpoints").exists()):
+        return _open_own(folder, weights, report, average)
+    kinds = (interop_open_clip, interop_hf)
+    for kind in kinds:
+        found = weights or find_weights(folder, kind.WEIGHTS)
+        if (folder / kind.CONFIG).is_file() and found is not None:
+            return _open_foreign(folder, found)
+    configs = [kind.CONFIG for kind in kinds if (folder / kind.CONFIG).is_file()]
+    missing = f"no weights such as {interop_hf.WEIGHTS[0]}" if configs else f"no {RESOLVED}, nor a configuration"
+    raise UsageError(f"run folder is incomplete: {str(folder)!r} has {missing}: it is no run, nor a model to load")
+
+
+def _open_own(folder: Path, weights: Path | None, report: Callable[[str], None], average: bool) -> ModelFiles:
+    """A run folder with its newest good checkpoint, or an exported model."""
+    resolved, preprocess = read_resolved(folder / RESOLVED), read_preprocess(folder / PREPROCESS)
+    named = next((folder / name for name in (MODEL_FILE, JSON_FILE) if (folder / name).exists()), folder / MODEL_FILE)
+    tokenizer = open_tokenizer(_run_tokenizer(named), resolved.tokens)
+    exported = weights or folder / checkpoint.MODEL
+    # A model of another package may have more ids than its tokenizer; a run has the tokenizer's.
+    if tokenizer.vocabulary_size > resolved.vocabulary or (
+        tokenizer.vocabulary_size < resolved.vocabulary and not exported.is_file()
+    ):
+        raise UsageError(
+            f"{named.name} of {str(folder)!r} has {tokenizer.vocabulary_size} tokens, "
+            f"resolved.json says {resolved.vocabulary}: one of them is another run's"
+        )
+    if exported.is_file():
+        tensors, where = read_weights(exported), exported
+    else:
+        found = checkpoint.latest(folder, report=report, with_optimizer=False)
+        if found is None:
+            raise UsageError(f"run folder {str(folder)!r} has no good checkpoint: train it first")
+        try:
+            tensors, where = (found.average() if average else None) or found.model(), found.path
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"checkpoint {str(found.path)!r} cannot be read: {first_line(error)}") from error
+    return ModelFiles(resolved=resolved, preprocess=preprocess, tokenizer=tokenizer, tensors=tensors, where=where)
+
+
+def _run_tokenizer(path: Path) -> bytes:
+    if not path.exists():
+        raise UsageError(f"run folder is incomplete: {str(path)!r} cannot be read: No such file or directory")
+    return read_tokenizer(str(path))
+
+
+def _open_foreign(folder: Path, weights: Path) -> ModelFiles:
+    """A model of open_clip or Hugging Face."""
+    try:
+        foreign, tokenizer = _describe(folder)
+        if not all(map(math.isfinite, foreign.model.image_mean + foreign.model.image_std)):
+            raise UsageError("its mean and std must be finite")
+        if min(foreign.model.image_std) <= 0:
+            raise UsageError("its std must be above 0")
+        expected = _expected(foreign)
+    except UsageError as error:
+        raise UsageError(f"model {str(folder)!r}: {error}") from error
+    tensors = read_weights(weights)
+    check_fit(foreign.rules, expected, tensors, ignored=foreign.ignored, where=repr(str(weights)))
+    rows = open_tokenizer(tokenizer, foreign.tokens)
+    if rows.vocabulary_size > foreign.vocabulary:
+        raise UsageError(
+            f"model {str(folder)!r} has {foreign.vocabulary} token ids, its tokenizer {rows.vocabulary_size}: it is "
+            "another model's"
+        )
+    model = foreign.model
+    return ModelFiles(
+        resolved=Resolved(model=model, vocabulary=foreign.vocabulary, tokens=foreign.tokens),
+        preprocess=Preprocess(
+            image_size=foreign.image_size, fit=foreign.fit, mean=model.image_mean, std=model.image_std
+        ),
+        tokenizer=rows,
+        tensors=to_ours(foreign.rules, expected, tensors),
+        where=weights,
+    )
+
+
+def _describe(folder: Path) -> tuple[ForeignModel, bytes]:
+    """What a folder's configuration says, and the content of its tokenizer."""
+    own = [name for name in ("tokenizer.json", "merges.txt") if (folder / name).is_file()]
+    if (folder / interop_open_clip.CONFIG).is_file():
+        config = read_json(folder / interop_open_clip.CONFIG)
+        parts = [config.get(name) for name in ("model_cfg", "preprocess_cfg")]
+        settings, preprocess = (part if isinstance(part, dict) else {} for part in parts)
+        foreign = interop_open_clip.read_open_clip(settings, preprocess)
+        named = settings["text_cfg"].get("hf_tokenizer_name")
+        if named is None:
+            return foreign, clip_tokenizer(_merges(folder) if "merges.txt" in own else open_clip_merges())
+        name = str(folder) if "tokenizer.json" in own else str(named)
+        return foreign, hub_tokenizer(name, attended_padding=foreign.model.text_pooling == "final")
+    preprocess_file = folder / interop_hf.PREPROCESS
+    preprocess = read_json(preprocess_file) if preprocess_file.is_file() else {}
+    foreign = interop_hf.read_hugging_face(read_json(folder / interop_hf.CONFIG), preprocess)
+    final = foreign.model.text_pooling == "final"
+    if "tokenizer.json" in own or final:
+        return foreign, hub_tokenizer(str(folder), attended_padding=final)
+    return foreign, clip_tokenizer(_merges(folder) if "merges.txt" in own else open_clip_merges())
+
+
+def _merges(folder: Path) -> list[str]:
+    """The lines of merges.txt, as Hugging Face writes CLIP's merges."""
+    lines = read_tokenizer(str(folder / "merges.txt")).decode("utf-8", "replace").splitlines()
+    return [line for line in lines if line and not line.startswith("#version")]
+
+
+def _expected(foreign: ForeignModel) -> dict[str, Tensor]:
+    """The tensors that the model has, on the meta device: no memory is taken before the weights are there."""
+    with torch.device("meta"):
+        model = build_dual_encoder(
+            foreign.model, image_size=foreign.image_size, vocabulary=foreign.vocabulary, tokens=foreign.tokens
+        )
+        scalars = {SCALE: torch.empty(()), **({BIAS: torch.empty(())} if foreign.bias else {})}
+    return {**checkpoint.module_tensors(model.towers()), **scalars}
+
+
+def read_resolved(path: Path) -> Resolved:
+    """What of resolved.json the towers are built from."""
+    values = _read_object(path, [field.name for field in dataclasses.fields(Resolved)])
+    # The file also records what the towers don't depend on.
+    resolved = from_dict(Resolved, {field.name: values[field.name] for field in dataclasses.fields(Resolved)})
+    if resolved.vocabulary < 1 or resolved.tokens < 1:
+        raise UsageError(f"{str(path)!r}: vocabulary and tokens must be at least 1")
+    return resolved
+
+
+def read_preprocess(path: Path) -> Preprocess:
+    """What preprocess.json says."""
+    values = _read_object(path, [field.name for field in dataclasses.fields(Preprocess)])
+    preprocess = from_dict(Preprocess, values)
+    if not 1 <= preprocess.image_size <= MAX_IMAGE_SIZE:
+        raise UsageError(f"{str(path)!r}: image_size must be from 1 to {MAX_IMAGE_SIZE}, not {preprocess.image_size}")
+    if not all(map(math.isfinite, preprocess.mean + preprocess.std)) or min(preprocess.std) <= 0:
+        raise UsageError(f"{str(path)!r}: mean must be finite and std above 0")
+    return preprocess
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _read_object(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """A JSON object that has at least the fields `names`."""
+    if not path.exists():
+        raise UsageError(f"run folder is incomplete: {str(path)!r} cannot be read: No such file or directory")
+    values = read_json(path)
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise UsageError(f"{str(path)!r} is damaged: it lacks {', '.join(missing)}")
+    return values
