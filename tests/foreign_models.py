@@ -36,6 +36,8 @@ OPEN_CLIP: dict[str, dict[str, Any]] = {
         "text_cfg": TEXT,
     },
 }
+HF_TEXT = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+HF_VISION = {**HF_TEXT, "intermediate_size": 100, "image_size": SIZE, "patch_size": 8}
 TEXTS = ["a cat", "a dog on a very green lawn!", "word " * 100]
 
 

@@ -14,8 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import triscale
-from foreign_models import OPEN_CLIP, SIZE, TEXTS, jitter, open_clip_without_it, random_images, write_open_clip
-from models.test_interop import HF_TEXT, HF_VISION
+from foreign_models import (
+    HF_TEXT,
+    HF_VISION,
+    OPEN_CLIP,
+    SIZE,
+    TEXTS,
+    jitter,
+    open_clip_without_it,
+    random_images,
+    write_open_clip,
+)
 from triscale import cli
 from triscale.config import to_dict
 from triscale.data.named_tokenizers import for_hub, read_tokenizer

@@ -21,7 +21,7 @@ data: cache remote headers crop resize decode augment lists captions text tokeni
 data: csv_rows parquet hub drawing scene_words scenes sources quarantine processes workers indexing stats stats_page
 data: canvases rows ids loader mixture pack
 models: __init__ settings presets normalisation coatnet image text hf_text projection dual_encoder prompts
-models: clip_towers interop interop_open_clip interop_hf weights
+models: clip_towers interop open_clip_rules interop_open_clip interop_hf weights
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps
 losses: dense tiled contrastive info_nce sigmoid nt_xent classification __init__
 training: __init__ settings host_memory parallel memory plan recovery remat batch_norm compilation staging lane step

@@ -186,11 +186,12 @@ def _describe(folder: Path) -> tuple[ForeignModel, bytes]:
         parts = [config.get(name) for name in ("model_cfg", "preprocess_cfg")]
         settings, preprocess = (part if isinstance(part, dict) else {} for part in parts)
         foreign = interop_open_clip.read_open_clip(settings, preprocess)
-        named = settings["text_cfg"].get("hf_tokenizer_name")
+        text = settings["text_cfg"]
+        named, cleaning = text.get("hf_tokenizer_name"), interop_open_clip.read_cleaning(text)
         if named is None:
             return foreign, clip_tokenizer(_merges(folder) if "merges.txt" in own else open_clip_merges())
         name = str(folder) if "tokenizer.json" in own else str(named)
-        return foreign, hub_tokenizer(name, attended_padding=foreign.model.text_pooling == "final")
+        return foreign, hub_tokenizer(name, attended_padding=foreign.model.text_pooling == "final", cleaning=cleaning)
     preprocess_file = folder / interop_hf.PREPROCESS
     preprocess = read_json(preprocess_file) if preprocess_file.is_file() else {}
     foreign = interop_hf.read_hugging_face(read_json(folder / interop_hf.CONFIG), preprocess)

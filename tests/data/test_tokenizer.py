@@ -14,7 +14,17 @@ from hypothesis import given, settings
 from foreign_models import MERGES, WORDS
 from triscale.data.named_tokenizers import clip_tokenizer, for_hub, hub_tokenizer, is_clip, read_tokenizer
 from triscale.data.text import SentencePieceTokenizer, train_tokenizer
-from triscale.data.tokenizer import JSON_FILE, MODEL_FILE, LibraryTokenizer, Tokenizer, file_name, open_tokenizer
+from triscale.data.tokenizer import (
+    JSON_FILE,
+    MODEL_FILE,
+    Cleaning,
+    LibraryTokenizer,
+    Tokenizer,
+    file_name,
+    library_part,
+    open_tokenizer,
+    pack_tokenizer,
+)
 from triscale.errors import UsageError
 
 pytest.importorskip("ftfy", reason="the extra clip is not installed")
@@ -106,6 +116,15 @@ def _open_clips() -> Tokenizer:
     if not _CACHE:
         _CACHE.append(open_tokenizer(read_tokenizer("open_clip"), 77))
     return _CACHE[0]
+
+
+@pytest.mark.parametrize("kind", ["whitespace", "lower", "canonicalize"])
+def test_texts_are_cleaned_as_open_clip_does_before_tokenizers_of_the_hub(kind: Cleaning) -> None:
+    open_clip = pytest.importorskip("open_clip.tokenizer", reason="open_clip is not installed")
+    clean, library = open_clip.get_clean_fn(kind), library_part(clip_tokenizer(MERGES))
+    ours = open_tokenizer(pack_tokenizer(library, cleaning=kind, padding=0, end=None), 600)
+    plain = open_tokenizer(pack_tokenizer(library, cleaning="none", padding=0, end=None), 600)
+    assert ours.encode(ODD_TEXTS).tolist() == plain.encode([clean(text) for text in ODD_TEXTS]).tolist()
 
 
 def test_half_a_surrogate_pair_is_no_crash(small: Tokenizer) -> None:

@@ -8,17 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from foreign_models import OPEN_CLIP, SIZE, TEXT, WORDS
+from foreign_models import HF_TEXT, HF_VISION, OPEN_CLIP, TEXT
 from triscale.errors import UsageError
 from triscale.models.dual_encoder import DualEncoder, build_dual_encoder
 from triscale.models.interop import BIAS, SCALE, ForeignModel, Rule, check_fit, to_ours, to_theirs
 from triscale.models.interop_hf import read_hugging_face, write_hugging_face
-from triscale.models.interop_open_clip import read_open_clip, write_open_clip
+from triscale.models.interop_open_clip import read_cleaning, read_open_clip, write_open_clip
 from triscale.models.presets import PRESETS
 from triscale.training import checkpoint
 
-HF_TEXT = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-HF_VISION = {**HF_TEXT, "intermediate_size": 100, "image_size": SIZE, "patch_size": 8}
 HUGGING_FACE: dict[str, dict[str, Any]] = {
     "clip": {
         "model_type": "clip",
@@ -175,6 +173,14 @@ def test_what_our_towers_have_not_is_refused_in_one_line(changes: dict[str, Any]
     assert "\n" not in str(caught.value)
 
 
+def test_a_tokenizer_with_options_of_its_own_is_refused() -> None:
+    assert read_cleaning({}) == "lower"
+    assert read_cleaning({"hf_tokenizer_name": "a/b", "tokenizer_kwargs": {"clean": "canonicalize"}}) == "canonicalize"
+    for options in ({"clean": "odd"}, {"strip_sep_token": True}, 3, {"clean": "canonicalize"}):
+        with pytest.raises(UsageError, match="tokenizer_kwargs"):
+            read_cleaning({"tokenizer_kwargs": options})
+
+
 BAD_HUGGING_FACE: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "bert"}, "bert"),
     ({"vision_config": 3}, "vision_config"),
@@ -192,9 +198,8 @@ def test_another_model_of_hugging_face_is_refused_in_one_line(changes: dict[str,
         read_hugging_face({"model_type": "clip", **changes}, {})
 
 
-def test_padding_and_means_are_not_taken_for_what_they_are_not() -> None:
+def test_preprocessing_that_cannot_be_had_is_refused() -> None:
     with pytest.raises(UsageError, match="longest"):
         read_open_clip(OPEN_CLIP["vit"], {"resize_mode": "longest"})
     with pytest.raises(UsageError, match="three numbers"):
         read_open_clip(OPEN_CLIP["vit"], {"mean": [0.5]})
-    assert WORDS > 512

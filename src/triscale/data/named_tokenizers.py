@@ -16,6 +16,7 @@ from triscale.data.tokenizer import (
     END_OF_TEXT,
     JSON_FILE,
     MAX_TOKENIZER_BYTES,
+    Cleaning,
     file_name,
     library_part,
     pack_tokenizer,
@@ -127,13 +128,14 @@ def _clip_for_hub(tokenizer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return json.loads(whole.to_str()), {**settings, "pad_token": end}
 
 
-def hub_tokenizer(name: str, *, attended_padding: bool = False) -> bytes:
+def hub_tokenizer(name: str, *, attended_padding: bool = False, cleaning: Cleaning = "none") -> bytes:
     """The tokenizer of a folder or of a model of the hub, from its tokenizer.json.
 
     Args:
         name: the folder or the model.
         attended_padding: whether the model attends to padding, as SigLIP does, and so needs just the tokenizer's own.
             Otherwise, where the padding token ends texts too, as with OpenAI's CLIP, 0 fills rows behind the end.
+        cleaning: what becomes of a text beforehand.
 
     Raises:
         UsageError: there is none that can be read.
@@ -147,7 +149,7 @@ def hub_tokenizer(name: str, *, attended_padding: bool = False) -> bytes:
         end = None  # the text goes on behind an end that it spells out itself
     elif padding is None or padding == end:
         padding = 0
-    return pack_tokenizer(tokenizer, cleaning="none", padding=padding or 0, end=end)
+    return pack_tokenizer(tokenizer, cleaning=cleaning, padding=padding or 0, end=end)
 
 
 def _downloaded(name: str) -> Path:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import html
 import json
+import string
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int64
@@ -18,7 +19,9 @@ from jaxtyping import Int64
 from triscale.data.text import SentencePieceTokenizer
 from triscale.errors import UsageError
 
-Cleaning = Literal["none", "clip"]
+Cleaning = Literal["none", "clip", "whitespace", "lower", "canonicalize"]
+"""What becomes of a text before the library sees it: nothing; CLIP's words; or, as open_clip names what it does before
+tokenizers of the hub, mended and with single spaces, in lower case besides, or without punctuation as well."""
 MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
 MAX_TOKENIZER_BYTES = 256 << 20
 """Most that is read as a tokenizer."""
@@ -84,7 +87,7 @@ class LibraryTokenizer:
         values = _parse(content)
         self.padding: int = values["padding"]
         self.end: int | None = values["end"]
-        self._words: Callable[[str], list[str]] | None = clip_words() if values["cleaning"] == "clip" else None
+        self._clean: Callable[[str], str | list[str]] | None = _cleaning(values["cleaning"])
         library = require("tokenizers")
         try:
             self._library: Any = library.Tokenizer.from_str(json.dumps(values["tokenizer"]))
@@ -122,9 +125,8 @@ class LibraryTokenizer:
     def _ids(self, text: str) -> list[int]:
         # Python's str may hold half of a surrogate pair, the library's not.
         text = text.encode("utf-8", "replace").decode("utf-8")
-        if self._words is None:
-            return self._library.encode(text).ids
-        return self._library.encode(self._words(text), is_pretokenized=True).ids
+        cleaned = text if self._clean is None else self._clean(text)
+        return self._library.encode(cleaned, is_pretokenized=isinstance(cleaned, list)).ids
 
 
 def open_tokenizer(content: bytes, length: int) -> Tokenizer:
@@ -147,7 +149,7 @@ def pack_tokenizer(tokenizer: dict[str, Any], *, cleaning: Cleaning, padding: in
 
     Args:
         tokenizer: the library's own tokenizer.json.
-        cleaning: "clip" as OpenAI's and open_clip's code does before their merges, "none" if the library does it all.
+        cleaning: what becomes of a text beforehand; "clip" before CLIP's merges.
         padding: the id that fills a row.
         end: the id behind which there is padding only; None if any id may follow any.
     """
@@ -167,16 +169,23 @@ def require(name: str) -> Any:
         raise UsageError(f"this tokenizer needs {name}: pip install 'triscale[clip]'") from error
 
 
-def clip_words() -> Callable[[str], list[str]]:
-    """What splits a text into the words that CLIP's merges work within: mended, unescaped, in lower case."""
-    ftfy, pattern = require("ftfy"), require("regex")
+def _cleaning(kind: Cleaning) -> Callable[[str], str | list[str]] | None:
+    """The function that cleans a text: mended and unescaped, then as `kind` says; of "clip" its words."""
+    if kind == "none":
+        return None
+    ftfy = require("ftfy")
+
+    def mended(text: str) -> str:
+        return html.unescape(html.unescape(ftfy.fix_text(text)))
+
+    if kind == "canonicalize":
+        removed = str.maketrans("", "", string.punctuation)
+        return lambda text: " ".join(mended(text).replace("_", " ").translate(removed).lower().split())
+    if kind in ("whitespace", "lower"):
+        return lambda text: " ".join((mended(text).lower() if kind == "lower" else mended(text)).split())
+    pattern = require("regex")
     words = pattern.compile(f"{BEGIN_OF_TEXT}|{END_OF_TEXT}|{CLIP_WORDS}", pattern.IGNORECASE)
-
-    def split(text: str) -> list[str]:
-        clean = html.unescape(html.unescape(ftfy.fix_text(text)))
-        return words.findall(" ".join(clean.split()).lower())
-
-    return split
+    return lambda text: words.findall(" ".join(mended(text).split()).lower())
 
 
 def _parse(content: bytes) -> dict[str, Any]:
@@ -187,6 +196,6 @@ def _parse(content: bytes) -> dict[str, Any]:
     if not isinstance(values, dict) or set(values) != {"cleaning", "padding", "end", "tokenizer"}:
         raise UsageError("the tokenizer is no tokenizer.json of a run: name one of Hugging Face's as hf:FOLDER")
     ends = values["end"] is None or type(values["end"]) is int
-    if values["cleaning"] not in ("none", "clip") or type(values["padding"]) is not int or not ends:
+    if values["cleaning"] not in get_args(Cleaning) or type(values["padding"]) is not int or not ends:
         raise UsageError("the tokenizer is damaged: cleaning, padding or end cannot be")
     return values

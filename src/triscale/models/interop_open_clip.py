@@ -1,4 +1,4 @@
-"""open_clip's models: its configuration in our words and ours in its words, and where its weights hold our tensors.
+"""open_clip's models: its configuration in our words and ours in its words; `open_clip_rules` has its weights.
 
 Its image towers are CLIP's own ViT and ResNet, or any of timm's ("timm_model_name"); its text tower is CLIP's
 transformer, causal, or SigLIP's. https://github.com/mlfoundations/open_clip, src/open_clip/{model,transformer}.py
@@ -6,12 +6,14 @@ transformer, causal, or SigLIP's. https://github.com/mlfoundations/open_clip, sr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import timm
 from torch import nn
 
 from triscale.data.settings import Fit
+from triscale.data.tokenizer import Cleaning
 from triscale.errors import UsageError
 from triscale.models.clip_towers import (
     CLIP_EPSILON,
@@ -30,7 +32,8 @@ from triscale.models.clip_towers import (
     vit_sizes,
 )
 from triscale.models.dual_encoder import DualEncoder
-from triscale.models.interop import BIAS, SCALE, ForeignModel, Rule
+from triscale.models.interop import ForeignModel, Rule
+from triscale.models.open_clip_rules import LOSS_RULES, RESNET_RULES, TIMM_RULES, VIT_RULES, text_rules
 from triscale.models.presets import CLIP_MEAN, CLIP_STD
 from triscale.models.settings import ModelSettings
 
@@ -76,78 +79,6 @@ _READ = {
 _TOP = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias"}
 
 
-def _transformer(ours: str, theirs: str) -> tuple[Rule, ...]:
-    """The blocks of our text transformer."""
-    return (
-        Rule(f"{ours}.blocks.*.attention_norm.**", f"{theirs}transformer.resblocks.*.ln_1.**"),
-        Rule(f"{ours}.blocks.*.attention.qkv.weight", f"{theirs}transformer.resblocks.*.attn.in_proj_weight"),
-        Rule(f"{ours}.blocks.*.attention.qkv.bias", f"{theirs}transformer.resblocks.*.attn.in_proj_bias"),
-        Rule(f"{ours}.blocks.*.attention.out.**", f"{theirs}transformer.resblocks.*.attn.out_proj.**"),
-        Rule(f"{ours}.blocks.*.mlp_norm.**", f"{theirs}transformer.resblocks.*.ln_2.**"),
-        Rule(f"{ours}.blocks.*.mlp.0.**", f"{theirs}transformer.resblocks.*.mlp.c_fc.**"),
-        Rule(f"{ours}.blocks.*.mlp.2.**", f"{theirs}transformer.resblocks.*.mlp.c_proj.**"),
-    )
-
-
-def text_rules(prefix: str, *, linear: bool) -> tuple[Rule, ...]:
-    """Of the text tower, whose projection is a module of its own (`linear`) or a matrix."""
-    projection = (
-        Rule("text.projection.**", f"{prefix}text_projection.**")
-        if linear
-        else Rule("text.projection.weight", f"{prefix}text_projection", "transposed")
-    )
-    return (
-        Rule("text.token_embedding.weight", f"{prefix}token_embedding.weight"),
-        Rule("text.position_embedding", f"{prefix}positional_embedding"),
-        *_transformer("text", prefix),
-        Rule("text.norm.**", f"{prefix}ln_final.**"),
-        projection,
-    )
-
-
-VIT_RULES = (
-    Rule("image.backbone.cls_token", "visual.class_embedding", "unbatched"),
-    Rule("image.backbone.pos_embed", "visual.positional_embedding", "unbatched"),
-    Rule("image.backbone.patch_embed.proj.weight", "visual.conv1.weight"),
-    Rule("image.backbone.norm_pre.**", "visual.ln_pre.**"),
-    Rule("image.backbone.blocks.*.norm1.**", "visual.transformer.resblocks.*.ln_1.**"),
-    Rule("image.backbone.blocks.*.attn.qkv.weight", "visual.transformer.resblocks.*.attn.in_proj_weight"),
-    Rule("image.backbone.blocks.*.attn.qkv.bias", "visual.transformer.resblocks.*.attn.in_proj_bias"),
-    Rule("image.backbone.blocks.*.attn.proj.**", "visual.transformer.resblocks.*.attn.out_proj.**"),
-    Rule("image.backbone.blocks.*.norm2.**", "visual.transformer.resblocks.*.ln_2.**"),
-    Rule("image.backbone.blocks.*.mlp.fc1.**", "visual.transformer.resblocks.*.mlp.c_fc.**"),
-    Rule("image.backbone.blocks.*.mlp.fc2.**", "visual.transformer.resblocks.*.mlp.c_proj.**"),
-    Rule("image.backbone.norm.**", "visual.ln_post.**"),
-    Rule("image.projection.weight", "visual.proj", "transposed"),
-)
-RESNET_RULES = (
-    Rule("image.backbone.stem.conv*.conv.weight", "visual.conv*.weight"),
-    Rule("image.backbone.stem.conv*.bn.**", "visual.bn*.**"),
-    *(
-        Rule(f"image.backbone.stages.{stage}.*.{ours}.**", f"visual.layer{stage + 1}.*.{theirs}.**")
-        for stage in range(4)
-        for ours, theirs in (
-            ("conv1_1x1.conv", "conv1"),
-            ("conv1_1x1.bn", "bn1"),
-            ("conv2_kxk.conv", "conv2"),
-            ("conv2_kxk.bn", "bn2"),
-            ("conv3_1x1.conv", "conv3"),
-            ("conv3_1x1.bn", "bn3"),
-            ("shortcut.conv.conv", "downsample.0"),
-            ("shortcut.conv.bn", "downsample.1"),
-        )
-    ),
-    Rule("image.backbone.head.pos_embed", "visual.attnpool.positional_embedding"),
-    *(Rule(f"image.backbone.head.{part}.**", f"visual.attnpool.{part}_proj.**") for part in "qkv"),
-    Rule("image.projection.**", "visual.attnpool.c_proj.**"),
-)
-TIMM_RULES = (
-    Rule("image.backbone.**", "visual.trunk.**"),
-    Rule("image.projection.**", "visual.head.proj.**"),
-)
-LOSS_RULES = (Rule(SCALE, "logit_scale"), Rule(BIAS, "logit_bias"))
-
-
 def read_open_clip(config: dict[str, Any], preprocess: dict[str, Any]) -> ForeignModel:
     """The model that open_clip's `model_cfg` and `preprocess_cfg` describe, untrusted.
 
@@ -191,6 +122,18 @@ def read_open_clip(config: dict[str, Any], preprocess: dict[str, Any]) -> Foreig
         bias=config.get("init_logit_bias") is not None,
         ignored=("attn_mask", "text.attn_mask"),
     )
+
+
+def read_cleaning(text: Mapping[str, Any]) -> Cleaning:
+    """What open_clip does to a text before the tokenizer that a `text_cfg` names; UsageError where ours cannot."""
+    hub = text.get("hf_tokenizer_name") is not None
+    given = text.get("tokenizer_kwargs") or {}
+    options = {"clean": "whitespace" if hub else "lower", **(given if isinstance(given, dict) else {"": given})}
+    known: dict[str, Cleaning] = {"whitespace": "whitespace", "lower": "lower", "canonicalize": "canonicalize"}
+    cleaning = known.get(str(options.pop("clean")))
+    if options or cleaning is None or not (hub or cleaning == "lower"):
+        raise UsageError(f"its tokenizer_kwargs are {str(text.get('tokenizer_kwargs'))[:80]}: unsupported")
+    return cleaning
 
 
 def _checked(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
