@@ -50,7 +50,7 @@ from triscale.data.rows import BatchReader
 from triscale.data.samples import Sample
 from triscale.data.settings import AugmentSettings, DataSettings
 from triscale.data.shards import open_shards
-from triscale.data.text import Tokenizer, train_tokenizer
+from triscale.data.text import SentencePieceTokenizer, train_tokenizer
 from triscale.randomness import generator
 
 TOKENS = 77
@@ -104,7 +104,7 @@ def ours(folder: Path, samples: int, side: int) -> Turn:
     """An epoch of our pipeline."""
     source = open_shards("*.tar", root=folder)
     settings = DataSettings(image_size=side, tokens=TOKENS, augment=AUGMENT)
-    tokenizer = Tokenizer(train_tokenizer([WORDS], 200), TOKENS)
+    tokenizer = SentencePieceTokenizer(train_tokenizer([WORDS], 200), TOKENS)
     augmentation = Augmentation(AUGMENT, side)
     rules = CaptionRules(fields=settings.caption_fields)
     reader = BatchReader([source], [rules], Order([samples], seed=0), tokenizer, augmentation, settings, 0)
