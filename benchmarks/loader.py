@@ -43,6 +43,7 @@ from triscale.bench.measure import Spread, this_machine
 from triscale.data.augment import Augmentation
 from triscale.data.captions import CaptionRules
 from triscale.data.decode import EncodedImage, reduction
+from triscale.data.images import Pixels
 from triscale.data.loader import batches
 from triscale.data.order import Order
 from triscale.data.pack import write_shards
@@ -105,9 +106,8 @@ def ours(folder: Path, samples: int, side: int) -> Turn:
     source = open_shards("*.tar", root=folder)
     settings = DataSettings(image_size=side, tokens=TOKENS, augment=AUGMENT)
     tokenizer = SentencePieceTokenizer(train_tokenizer([WORDS], 200), TOKENS)
-    augmentation = Augmentation(AUGMENT, side)
     rules = CaptionRules(fields=settings.caption_fields)
-    reader = BatchReader([source], [rules], Order([samples], seed=0), tokenizer, augmentation, settings, 0)
+    reader = BatchReader([source], [rules], Order([samples], seed=0), tokenizer, Pixels(settings, samples), 0)
     size = min(BATCH, samples)
 
     def turn() -> None:

@@ -26,8 +26,8 @@ def measure(recipe: str, embedding: int, rows: int, micro_batch: int, keep: int)
 
     import torch
 
-    from triscale.assembly import make_model
     from triscale.bench.measure import Call, peak_bytes
+    from triscale.model_assembly import make_model
     from triscale.recipes import RECIPES
     from triscale.training.step import ContrastiveStep
 

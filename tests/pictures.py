@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from triscale.data.augment import Augmentation
 from triscale.data.captions import CaptionRules
+from triscale.data.images import Pixels
 from triscale.data.order import Order
 from triscale.data.rows import Batch, BatchReader
 from triscale.data.samples import BadSample, Sample
@@ -70,8 +70,8 @@ def make_reader(source: Pictures | None = None, settings: DataSettings = SETTING
         train_tokenizer([*NAMES, "a photo of it, shape 0123456789"], 60), settings.tokens
     )
     order = Order([len(source) for source in sources], seed=seed)
-    augmentation = Augmentation(settings.augment, settings.image_size)
-    return BatchReader(sources, [rules(settings)], order, tokenizer, augmentation, settings, seed)
+    pixels = Pixels(settings, sum(map(len, sources)))
+    return BatchReader(sources, [rules(settings)], order, tokenizer, pixels, seed)
 
 
 def rules(settings: DataSettings) -> CaptionRules:

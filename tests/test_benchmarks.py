@@ -46,6 +46,21 @@ def test_adafactorws_state_is_at_most_three_tenths_of_adamws(tmp_path: Path) -> 
     assert all(value > 0 for value in json.loads(figures.read_text())["step_seconds"].values())
 
 
+def test_phases_are_compared_at_equal_compute_of_the_image_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import phases
+
+    for scale in (1.0, 0.1):
+        methods = phases.methods(scale)
+        budget = phases.units_of(methods["scratch"])
+        assert budget == 3 * 256 * round(1900 * scale)
+        for name, recipe in methods.items():
+            assert 0 <= budget - phases.units_of(recipe) < 3 * 256, name
+    assert {name: config.train.steps for name, config in methods["phases 1+2+3"].of.items()}["text"] == 60
+    assert phases.interval([0.1, 0.2, 0.3]) == pytest.approx((0.2, 4.303 * 0.1 / math.sqrt(3)))
+    assert phases.interval([0.4]) == (0.4, None)
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """benchmarks/gpu.py as a module; its sections are imported from beside it, as when it is run."""

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from triscale.cli import _recipe_config, main
+from triscale.arguments import parse_recipe
+from triscale.cli import main
+from triscale.config import Phases, RunConfig
 from triscale.models.presets import PRESETS
 
 
@@ -56,6 +58,20 @@ def test_help_answers_in_under_half_a_second() -> None:
         (["train", "emoji", "--data.root", "/nowhere"], ["/nowhere"]),
         (["train", "--config", "/nowhere.json"], ["/nowhere.json"]),
         (["verify", "nothing"], ["nothing"]),
+        (["verify", "emoji-phases"], ["image, text, both", "--phase"]),
+        (["verify", "emoji-phases", "--phase", "txt"], ["txt", "did you mean 'text'"]),
+        (["verify", "scenes", "--phase", "text"], ["--phase", "one run"]),
+        (["bench", "data", "emoji-phases"], ["image, text, both", "--phase"]),
+        (["train", "emoji-phases"], ["phase image", "--data.root"]),
+        (["train", "emoji-phases", "--txt.train.steps", "3"], ["txt", "did you mean 'text'"]),
+        (["train", "emoji-phases", "--text.run.dir", "x"], ["--text.run", "share one run folder"]),
+        (["train", "emoji-phases", "--text.optim.learningrate", "1"], ["learningrate", "learning-rate"]),
+        (["train", "scenes", "--loss.name", "classification", "--data.ids", "none"], ["--data.ids label"]),
+        (["train", "scenes", "--loss.label-smoothing", "0.1"], ["--loss.name classification"]),
+        (["train", "scenes", "--train.frozen", "image.backbones"], ["did you mean 'image.backbone'"]),
+        (["train", "scenes", "--train.frozen", "image", "text"], ["nothing of image and text is left"]),
+        (["train", "scenes", "--train.init", "/nowhere"], ["--train.init", "/nowhere"]),
+        (["train", "scenes", "--data.cache-features", "on"], ["--train.frozen image.backbone"]),
         (["eval", "/nowhere"], ["/nowhere"]),
         (["classify", "/nowhere", "--labels", "a,b", "x.png"], ["/nowhere"]),
         (["classify", "/nowhere", "--labels", "a,,b", "x.png"], ["--labels"]),
@@ -101,13 +117,39 @@ def test_a_mistake_gets_one_short_message_and_status_two(
 def test_a_preset_takes_the_place_of_a_recipes_towers_and_options_that_of_the_presets() -> None:
     """All of it is in the config, so a resume needs no preset's name."""
     arguments = ["scenes", "--model.text-layers", "1", "--preset", "cpu-tiny", "--data.tokens", "12"]
-    config, name = _recipe_config("train", arguments)
+    config, name = parse_recipe("train", arguments)
+    assert isinstance(config, RunConfig)
     preset = PRESETS["cpu-tiny"]
     assert name == "scenes"
     assert config.model == replace(preset.model, text_layers=1)
     data = config.data
     assert (data.image_size, data.tokens, data.vocabulary) == (preset.image_size, 12, preset.vocabulary)
     assert data.train == ("scenes",)
+
+
+def test_options_are_of_all_phases_or_of_one_which_then_counts() -> None:
+    arguments = ["emoji-phases", "--both.train.steps", "7", "--train.steps=5", "--data.eval", "wds_val", "wds_fxemoji"]
+    phases, _ = parse_recipe("train", [*arguments, "--text.data.eval", "--seed", "3", "--image.data.augment.flip=0.5"])
+    assert isinstance(phases, Phases)
+    assert {name: config.train.steps for name, config in phases.of.items()} == {"image": 5, "text": 5, "both": 7}
+    assert phases["text"].data.eval == () and phases["both"].data.eval == ("wds_val", "wds_fxemoji")
+    assert phases["image"].data.augment.flip == 0.5 and phases["both"].data.augment.flip == 0.0
+    assert all(config.seed == 3 for config in phases.of.values())
+
+
+def test_a_preset_is_of_all_phases() -> None:
+    phases, _ = parse_recipe("train", ["emoji-phases", "--preset", "cpu-tiny"])
+    assert isinstance(phases, Phases)
+    assert all(config.model == PRESETS["cpu-tiny"].model for config in phases.of.values())
+
+
+def test_help_of_a_recipe_of_phases_says_how_to_speak_to_one_and_lists_the_fields_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status, out, _ = call(capsys, "train", "emoji-phases", "--help")
+    assert status == 0
+    assert "image, text, both" in out and "--PHASE.section.field" in " ".join(out.split())
+    assert out.count("--data.workers ") == 1
 
 
 def test_help_of_training_lists_presets(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from triscale.config import RunConfig, flatten, from_dict, read_config, refuse_changes, to_dict, validate
+from triscale.config import Phases, RunConfig, flatten, from_dict, read_config, refuse_changes, to_dict
 from triscale.data.settings import AugmentSettings, DataSettings
 from triscale.errors import UsageError
 from triscale.recipes import RECIPES
@@ -19,13 +19,15 @@ from triscale.training.settings import (
     parse_compile,
     parse_per_lane,
 )
+from triscale.validation import validate
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_survives_json_and_is_valid(recipe: str) -> None:
-    config = RECIPES[recipe]()
-    assert from_dict(RunConfig, to_dict(config)) == config
-    validate(config)
+    made = RECIPES[recipe]()
+    for config in made.of.values() if isinstance(made, Phases) else [made]:
+        assert from_dict(RunConfig, to_dict(config)) == config
+        validate(config)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -101,6 +103,9 @@ def test_a_field_that_changes_the_numbers_is_refused_by_name(section: str, chang
         RunConfig(optim=OptimSettings(layer_decay=1.1)),
         RunConfig(optim=OptimSettings(cooldown_steps=-1)),
         RunConfig(loss=LossSettings(logit_scale=0.0)),
+        RunConfig(loss=LossSettings(label_smoothing=0.1)),
+        RunConfig(loss=LossSettings(name="classification"), data=DataSettings(train=("scenes",))),
+        RunConfig(loss=LossSettings(name="classification"), batch=BatchSettings(micro="image=4,text=4")),
         RunConfig(data=DataSettings(max_bad=1.5)),
         RunConfig(data=DataSettings(augment=AugmentSettings(crop_area=(0.0, 1.0)))),
         RunConfig(data=DataSettings(augment=AugmentSettings(crop_area=(0.5, 1.1)))),
@@ -135,7 +140,15 @@ def test_names_are_flat_in_messages() -> None:
     assert flatten({"a": {"b": {"c": 1}}, "d": 2}) == {"a.b.c": 1, "d": 2}
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"nonsense": 1}'])
+@pytest.mark.parametrize("name", ["data", "Text", "", "a b", "../x"])
+def test_a_phase_has_a_name_that_options_and_folders_can_bear(name: str) -> None:
+    with pytest.raises(UsageError, match="phase"):
+        Phases({name: RunConfig()})
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", '{"nonsense": 1}', '{"phases": 3}', '{"phases": {}}', '{"phases": {"a": 1}}']
+)
 def test_a_config_file_that_cannot_be_read_is_named(content: str | None, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     if content is not None:

@@ -10,19 +10,24 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ranks import run_ranks
-from torchrun import Torchrun
-from triscale import assembly, distributed, runs
+from torchrun import Torchrun, last_step
+from triscale import assembly, distributed, model_assembly, run_parts, runs
 from triscale.config import RunConfig, to_dict
 from triscale.data import rows
 from triscale.data.samples import Sample
@@ -30,7 +35,6 @@ from triscale.data.scenes import Scenes
 from triscale.data.settings import DataSettings
 from triscale.data.text import train_tokenizer
 from triscale.errors import RunError
-from triscale.models.dual_encoder import DualEncoder
 from triscale.models.settings import ModelSettings
 from triscale.training.memory import PROBE_ROWS
 from triscale.training.settings import BatchSettings, MemorySettings, OptimSettings, RunSettings, TrainSettings
@@ -143,8 +147,8 @@ def attempt(
         read: called before every read of a training sample; it may raise.
     """
 
-    def make_model(config: RunConfig, vocabulary: int) -> tuple[DualEncoder, nn.Module]:
-        model, loss = assembly.make_model(config, vocabulary)
+    def make_model(config: RunConfig, vocabulary: int, classes: Tensor | None) -> tuple[nn.Module, nn.Module]:
+        model, loss = model_assembly.make_model(config, vocabulary, classes)
         model.image.register_forward_hook(lambda module, inputs, output: tower(output))
         return model, loss
 
@@ -155,8 +159,8 @@ def attempt(
 
     mixture = replace(assembly.open_training_data(config), sources=(Reading("train"),))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "make_model", make_model)
-        patch.setattr(runs, "open_training_data", lambda config: mixture)
+        patch.setattr(run_parts, "make_model", make_model)
+        patch.setattr(run_parts, "open_training_data", lambda config: mixture)
         patch.setattr(rows, "RETRY_SECONDS", (0.0, 0.0, 0.0))
         try:
             return f"status {runs.train_run(replace(config, run=RunSettings(dir=str(folder))), 'toy')}"

@@ -31,7 +31,7 @@ def first(host_bytes: float, **data: int) -> tuple[Batch | StreamedBatch, str]:
         train=TrainSettings(steps=4),
     )
     console = Console(file=io.StringIO())
-    with RunLog(Path("nowhere"), total_steps=4, batch_size=10, console=console) as log:
+    with RunLog(Path("nowhere"), total_steps=4, chance=("B", 10), console=console) as log:
         batches = open_batches(config, make_reader(), torch.device("cpu"), 2, log)
     batch = next(batches)
     rest = list(batches)

@@ -19,25 +19,28 @@ errors randomness distributed
 data: __init__ settings samples unchanged permutation shuffle order distinct paths entries tar files shard_index shards
 data: cache remote headers crop resize decode augment lists captions text tokenizer named_tokenizers folders tables
 data: csv_rows parquet hub drawing scene_words scenes sources quarantine processes workers indexing stats stats_page
-data: canvases rows ids loader mixture pack
+data: canvases images rows ids loader features mixture pack
 models: __init__ settings presets normalisation coatnet image text hf_text projection dual_encoder prompts
 models: clip_towers interop open_clip_rules interop_open_clip interop_hf weights
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps
 losses: dense tiled contrastive info_nce sigmoid nt_xent classification __init__
 training: __init__ settings host_memory parallel memory plan recovery remat batch_norm compilation staging lane step
 training: lockstep verify schedule adafactorw lars optim tensor_file checkpoint ema starvation log loop
+training: frozen initial
 evaluation: __init__ settings datasets encoder zeroshot retrieval suite report
-config run_folder hub model_files inference onnx_graphs exporting
-recipes: scenes emoji clipart __init__
-assembly feed scores options
+config validation run_folder hub model_files inference onnx_graphs exporting
+recipes: scenes emoji clipart basic __init__
+options arguments assembly model_assembly feature_cache feed scores
 bench: __init__ measure table picture peers towers loss step once commands data
-data_commands verification runs cli
+data_commands verification run_parts runs phases cli
 __init__ __main__
 """
 
 # Imported by settings files, so that the command line answers at once and a recipe is read without a device in sight.
 WITHOUT_TORCH = (
     "config",
+    "validation",
+    "arguments",
     "recipes",
     "data.settings",
     "models.settings",

@@ -25,13 +25,14 @@ from safetensors.torch import load_file
 import toy_sets
 from torchrun import Torchrun
 from triscale import runs
-from triscale.config import RunConfig, to_dict, validate
+from triscale.config import RunConfig, to_dict
 from triscale.data.settings import DataSettings
 from triscale.data.text import train_tokenizer
 from triscale.errors import UsageError
 from triscale.inference import load
 from triscale.models.settings import ModelSettings
 from triscale.training.settings import BatchSettings, OptimSettings, ParallelSettings, RunSettings, TrainSettings
+from triscale.validation import validate
 
 STEPS = 4
 FULL = ParallelSettings(shard="full")

@@ -9,21 +9,21 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
 
 from triscale import distributed
-from triscale.config import LANES, RunConfig
-from triscale.data.augment import Augmentation
+from triscale.config import RunConfig, lanes
 from triscale.data.captions import CaptionRules, all_captions
 from triscale.data.distinct import DistinctOrder
 from triscale.data.ids import IdFile, ids_path, read_ids, write_ids
+from triscale.data.images import ImageRows, Pixels
 from triscale.data.lists import CLASS_MARK
 from triscale.data.loader import require_batch
 from triscale.data.mixture import Mixture, open_mixture
@@ -37,25 +37,16 @@ from triscale.data.text import train_tokenizer
 from triscale.data.tokenizer import Tokenizer, open_tokenizer
 from triscale.errors import RunError, UsageError
 from triscale.evaluation.encoder import Encoder
-from triscale.losses import PAIR_LOSSES
-from triscale.losses.contrastive import ContrastiveLoss
-from triscale.models.dual_encoder import DualEncoder, build_dual_encoder
-from triscale.randomness import derive_seed
+from triscale.models.dual_encoder import DualEncoder
 from triscale.training import optim, parallel
-from triscale.training.batch_norm import synchronise_batch_norm
-from triscale.training.compilation import compile_tower
 from triscale.training.ema import WeightAverage
-from triscale.training.lane import seeded
+from triscale.training.lane import evaluation_mode
 from triscale.training.lockstep import Lockstep
-from triscale.training.memory import GIB
-from triscale.training.plan import LanePlan
-from triscale.training.remat import blocks_of, rematerialise
 from triscale.training.schedule import BASE_BATCH, SCALES, learning_rate
-from triscale.training.settings import parse_compile, parse_per_lane, parse_remat
-from triscale.training.step import ContrastiveStep
 
 TOKENIZER_SAMPLES = 20_000
 """Most samples whose captions train a tokenizer; evenly spread over each source."""
+IDS_AT_ONCE = 2**20
 TOKENIZER_SHARDS = 8
 """Most shards that are fetched for it."""
 
@@ -95,13 +86,23 @@ def _spread(source: Source, samples: int) -> list[int]:
     return list(chain.from_iterable(islice(each, math.ceil(samples / len(ranges))) for each in ranges))
 
 
-def make_tokenizer(config: RunConfig, mixture: Mixture, saved: Path | None = None) -> bytes:
-    """The tokenizer of a run: the saved one, the one that the config names, or one trained on the captions.
+def make_tokenizer(
+    config: RunConfig, mixture: Mixture, saved: Path | None = None, inherited: Path | None = None
+) -> bytes | None:
+    """The tokenizer of a run: saved, named by the config, inherited, or else trained on the captions.
 
-    Every rank makes the same one by itself. Sources give captions in proportion to their shares.
+    Every rank makes the same one by itself. Sources give captions in proportion to their shares. None where there is no
+    text.
+
+    Args:
+        saved: the run's own, where it has begun.
+        inherited: that of the run whose weights it begins with, where that had text.
     """
-    if saved is not None or config.data.tokenizer:
-        return read_tokenizer(config.data.tokenizer if saved is None else str(saved))
+    if "text" not in lanes(config):
+        return None
+    for known in (saved, config.data.tokenizer, inherited):
+        if known:
+            return read_tokenizer(str(known))
     parts = zip(mixture.sources, mixture.captions, mixture.shares, strict=True)
     captions = (captions_of(source, rules, math.ceil(TOKENIZER_SAMPLES * share)) for source, rules, share in parts)
     return train_tokenizer(chain.from_iterable(captions), config.data.vocabulary)
@@ -115,13 +116,10 @@ def open_training_data(config: RunConfig) -> Mixture:
             raise UsageError(f"this recipe reads {source.spec!r} below a folder of yours: name it with --data.root DIR")
     mixture = open_mixture(data)
     require_batch(len(mixture), config.batch.size)
-    return mixture
-
-
-def check_model(config: RunConfig) -> None:
-    """Raise UsageError for towers that cannot be built, before any data is read; costs no memory."""
-    with torch.device("meta"):
-        build_dual_encoder(config.model, image_size=config.data.image_size, vocabulary=4, tokens=config.data.tokens)
+    if "text" in lanes(config):
+        return mixture
+    # Labelled data often has no captions, and nobody asks for them.
+    return replace(mixture, captions=tuple(replace(rules, fields=(), templates=()) for rules in mixture.captions))
 
 
 def make_ids(mixture: Mixture, folder: Path, device: torch.device) -> list[IdFile]:
@@ -139,18 +137,35 @@ def make_ids(mixture: Mixture, folder: Path, device: torch.device) -> list[IdFil
     return files
 
 
+def class_ids(ids: Sequence[IdFile]) -> torch.Tensor:
+    """The distinct ids of all samples, sorted: the classes of a classifier. Samples without one, or bad, count not."""
+    found = np.empty(0, dtype=np.int64)
+    for column in ids:
+        for first in range(0, len(column), IDS_AT_ONCE):
+            found = np.union1d(found, column[np.arange(first, min(first + IDS_AT_ONCE, len(column)))])
+    return torch.from_numpy(found[found >= 0])
+
+
 def make_reader(
-    config: RunConfig, mixture: Mixture, tokenizer: bytes, ids: Sequence[IdFile] | None = None
+    config: RunConfig,
+    mixture: Mixture,
+    tokenizer: bytes | None,
+    ids: Sequence[IdFile] | None = None,
+    image_rows: ImageRows | None = None,
 ) -> BatchReader:
-    """What makes the rows of any position; with the ids of all samples, of batches in which none comes twice."""
+    """What makes the rows of any position.
+
+    Args:
+        ids: of all samples, for batches in which none comes twice.
+        image_rows: what the image lane takes; None: augmented images.
+    """
     order = mixture.order(config.seed, config.data.window_shards)
     return BatchReader(
         mixture.sources,
         mixture.captions,
         order if ids is None else DistinctOrder(order, ids, config.batch.size),
-        open_tokenizer(tokenizer, config.data.tokens),
-        Augmentation(config.data.augment, config.data.image_size),
-        config.data,
+        None if tokenizer is None else open_tokenizer(tokenizer, config.data.tokens),
+        image_rows or Pixels(config.data, len(mixture)),
         config.seed,
     )
 
@@ -161,110 +176,6 @@ def check_tokenizer(model: DualEncoder, tokenizer: Tokenizer) -> None:
         raise UsageError(
             f"--data.tokenizer pads with id {tokenizer.padding}, the text tower takes {model.text.padding} for padding"
         )
-
-
-def make_model(config: RunConfig, vocabulary: int) -> tuple[DualEncoder, ContrastiveLoss]:
-    """Towers and loss with the initial weights that the seed gives, on the CPU."""
-    with seeded(derive_seed("weights", config.seed), torch.device("cpu")):
-        model = build_dual_encoder(
-            config.model, image_size=config.data.image_size, vocabulary=vocabulary, tokens=config.data.tokens
-        )
-    settings = config.loss
-    loss = PAIR_LOSSES[settings.name](
-        config.batch.size,
-        tiled=settings.tiled,
-        logit_scale=settings.logit_scale,
-        max_logit_scale=settings.max_logit_scale,
-        exchange=settings.exchange,
-        products=settings.products,
-        skip_negligible=settings.skip_negligible,
-    )
-    return model, loss
-
-
-def prepare_towers(config: RunConfig, towers: Mapping[str, nn.Module]) -> None:
-    """Make the towers synchronise BatchNorm and rematerialise as the config says. In place, before the first step."""
-    for lane, mode in parse_remat(config.batch.remat, LANES).items():
-        if config.batch.batch_norm == "synchronised":
-            synchronise_batch_norm(towers[lane])
-        rematerialise(towers[lane], mode)
-
-
-def compile_towers(config: RunConfig, towers: Mapping[str, nn.Module]) -> None:
-    """Have the towers compiled as the config says. In place; before or after `prepare_towers`."""
-    for lane, mode in parse_compile(config.batch.compile, LANES).items():
-        compile_tower(towers[lane], mode)
-
-
-def is_sharded(config: RunConfig) -> bool:
-    """Whether this run shards its towers; one process has nobody to share them with."""
-    return config.parallel.shard == "full" and distributed.world_size() > 1
-
-
-def check_sharding(config: RunConfig, device: torch.device) -> None:
-    """Raise UsageError for a sharding that these processes or this device cannot have. Within the process group."""
-    settings, world = config.parallel, distributed.world_size()
-    if settings.replicas > 1 and (world % settings.replicas or world == settings.replicas):
-        raise UsageError(
-            f"--parallel.replicas {settings.replicas} must divide the {world} processes into groups of two or more"
-        )
-    if is_sharded(config) and device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--parallel.shard full is for cuda and cpu, not {device.type}")
-    if settings.offload and device.type != "cuda":
-        raise UsageError("--parallel.offload keeps what a CUDA device does not hold: there is none here")
-
-
-def place_model(config: RunConfig, model: DualEncoder, loss: ContrastiveLoss, device: torch.device) -> None:
-    """Make towers rematerialise, be compiled and be sharded as the config says, and move all to the device. In place.
-
-    In this order; the optimizer is made afterwards, and checkpoints are loaded then.
-    """
-    towers, settings = model.towers(), config.parallel
-    prepare_towers(config, towers)
-    compile_towers(config, towers)
-    if not is_sharded(config):
-        model.to(device)
-    else:
-        mesh = distributed.mesh(device.type, settings.replicas, config.train.collective_timeout_seconds)
-        dtype = torch.bfloat16 if settings.parameters == "bfloat16" else None
-        for tower in towers.values():  # from the host, block by block: a card never holds a whole tower
-            parallel.shard(tower, blocks_of(tower), mesh, gathered_dtype=dtype, offload=settings.offload)
-    loss.to(device)
-
-
-def describe_sharding(config: RunConfig) -> str:
-    """What is sharded, for the log; empty where nothing was asked for."""
-    settings, world = config.parallel, distributed.world_size()
-    if settings.shard == "none":
-        return ""
-    if world == 1:
-        return "; one process, nothing to shard"
-    groups = f" in {settings.replicas} groups" if settings.replicas > 1 else ""
-    return f"; towers sharded over {world} processes{groups}" + ", shards on the host" * settings.offload
-
-
-def make_step(
-    config: RunConfig, model: DualEncoder, loss: ContrastiveLoss, plans: Mapping[str, LanePlan] | None = None
-) -> ContrastiveStep:
-    """The exact step as the config, or a run's earlier resolution of "auto", has it, of towers in their place."""
-    step = ContrastiveStep(
-        model.towers(),
-        loss,
-        micro_batch=parse_per_lane("--batch.micro", config.batch.micro, LANES, smallest=1),
-        keep=parse_per_lane("--batch.keep", config.batch.keep, LANES, smallest=0),
-        seed=config.seed,
-        batch_norm=step_batch_norm(config),
-        autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
-        budget_bytes=int(config.memory.budget_gib * GIB) or None,
-        reduce=config.parallel.reduce,
-    )
-    step.plans.update(plans or {})
-    return step
-
-
-def step_batch_norm(config: RunConfig) -> Literal["refuse", "per_micro_batch"]:
-    """What the step is to make of towers with BatchNorm; that of synchronised ones is per micro-batch as well."""
-    return "refuse" if config.batch.batch_norm == "refuse" else "per_micro_batch"
 
 
 def make_optimizer(config: RunConfig, modules: Mapping[str, nn.Module]) -> torch.optim.Optimizer:
@@ -307,16 +218,13 @@ def describe_optimizer(config: RunConfig) -> str:
 @contextlib.contextmanager
 def evaluating(model: nn.Module, average: WeightAverage | None = None) -> Iterator[None]:
     """Evaluation mode without gradients, with the averaged weights if any; training mode and weights come back."""
-    was_training = model.training
-    model.eval()
     parallel.drop_gathered(model)
     try:
         # Not in inference mode, in which FSDP2 would make what no later step can train with.
-        with average.applied() if average else contextlib.nullcontext(), torch.no_grad():
+        with evaluation_mode(model), average.applied() if average else contextlib.nullcontext(), torch.no_grad():
             yield
     finally:
         parallel.drop_gathered(model)
-        model.train(was_training)
 
 
 def make_encoder(config: RunConfig, model: DualEncoder, tokenizer: Tokenizer, device: torch.device) -> Encoder:

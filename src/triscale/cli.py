@@ -6,19 +6,16 @@ that help answers at once; each command imports what it needs.
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from triscale import __version__
+from triscale.arguments import choose, parse, parse_one_run, parse_recipe, take_number, take_option
+from triscale.config import Phases
 from triscale.errors import RunError, UsageError
 
-if TYPE_CHECKING:
-    from triscale.config import RunConfig
-
-T = TypeVar("T")
 Command = Callable[[Sequence[str]], int]
 _LONGEST_LINE = 2000
 
@@ -33,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] == "--version":
             print(__version__)
             return 0
-        command, _ = _choose(COMMANDS, arguments[0], "command")
+        command, _ = choose(COMMANDS, arguments[0], "command")
         return command(arguments[1:])
     except UsageError as error:
         return _fail(error, 2)
@@ -69,62 +66,6 @@ def _overview() -> str:
     )
 
 
-def _choose(choices: dict[str, T], name: str, what: str) -> T:
-    """The choice of that name; UsageError with the nearest one if there is none."""
-    if name not in choices:
-        near = difflib.get_close_matches(name, choices, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(choices)}"
-        raise UsageError(f"unknown {what} {name!r}: {hint}")
-    return choices[name]
-
-
-def _parse(kind: type[T], arguments: Sequence[str], prog: str, description: str, default: T | None = None) -> T:
-    """Fill the fields of the dataclass `kind` from the command line. Exits with status 2 on bad usage, 0 after help."""
-    import tyro
-
-    options: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=list(arguments), prog=prog, description=description, **options)
-
-
-def _recipe_config(command: str, arguments: Sequence[str]) -> tuple[RunConfig, str]:
-    """The config of `triscale COMMAND RECIPE --section.field value ...` or `... --config FILE ...`, and its name."""
-    from triscale.config import RunConfig, read_config, with_preset
-    from triscale.models.presets import PRESETS
-    from triscale.options import take_option
-    from triscale.recipes import RECIPES
-
-    usage = (
-        f"usage: triscale {command} RECIPE [--preset NAME] [--section.field value ...]  or  "
-        f"triscale {command} --config FILE [...]"
-    )
-    arguments, preset = take_option(arguments, "--preset")
-    if not arguments or arguments[0] in ("-h", "--help"):
-        rows = "\n".join(f"  {name:<12} {_first_line(recipe.__doc__)}" for name, recipe in RECIPES.items())
-        help_text = (
-            f"{usage}\n\nRecipes:\n{rows}\n\nPresets of towers, in place of a recipe's: {', '.join(PRESETS)}\n\n"
-            f"triscale {command} RECIPE --help lists the fields with their values."
-        )
-        if not arguments:
-            raise UsageError(f"which recipe? There are {', '.join(RECIPES)}")
-        print(help_text)
-        raise SystemExit(0)
-    if arguments[0] == "--config":
-        if len(arguments) < 2:
-            raise UsageError("--config needs the path of a config.json")
-        name, rest = Path(arguments[1]).resolve().parent.name, arguments[2:]
-        default, description = read_config(arguments[1]), f"The run that {arguments[1]} describes."
-    else:
-        name, rest = arguments[0], arguments[1:]
-        recipe = _choose(RECIPES, name, "recipe")
-        default, description = recipe(), recipe.__doc__ or ""
-    default = with_preset(default, preset) if preset else default
-    return _parse(RunConfig, rest, f"triscale {command} {name}", description, default), name
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().splitlines()[0] if text else ""
-
-
 def _write_json(path: str, values: Any) -> None:
     import json
 
@@ -137,18 +78,20 @@ def _write_json(path: str, values: Any) -> None:
 
 def train(arguments: Sequence[str]) -> int:
     """Train a recipe, or go on with its run."""
-    config, name = _recipe_config("train", arguments)
+    recipe, name = parse_recipe("train", arguments)
+    if isinstance(recipe, Phases):
+        from triscale.phases import train_phases
+
+        return train_phases(recipe, name)
     from triscale.runs import train_run
 
-    return train_run(config, name)
+    return train_run(recipe, name)
 
 
 def verify(arguments: Sequence[str]) -> int:
     """Hold the exact step against plain autograd, in float64, for a recipe's own towers and data."""
-    from triscale.options import take_option
-
     arguments, json_path = take_option(arguments, "--json")
-    config, _ = _recipe_config("verify", arguments)
+    config, _ = parse_one_run("verify", arguments)
     from triscale.verification import show_errors, verify_run
 
     errors = verify_run(config)
@@ -161,7 +104,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     """Score a run on evaluation sets."""
     from triscale.options import EvalOptions
 
-    options = _parse(EvalOptions, arguments, "triscale eval", evaluate.__doc__ or "")
+    options = parse(EvalOptions, arguments, "triscale eval", evaluate.__doc__ or "")
     from rich.console import Console
 
     from triscale.evaluation.datasets import open_sets
@@ -182,7 +125,7 @@ def classify(arguments: Sequence[str]) -> int:
     """Tell which of your labels fits each of your images."""
     from triscale.options import ClassifyOptions, parse_labels
 
-    options = _parse(ClassifyOptions, arguments, "triscale classify", classify.__doc__ or "")
+    options = parse(ClassifyOptions, arguments, "triscale classify", classify.__doc__ or "")
     labels = parse_labels(options.labels)
     if not options.images:
         raise UsageError("which images? triscale classify RUN --labels a,b IMAGE...")
@@ -205,7 +148,7 @@ def export(arguments: Sequence[str]) -> int:
     """Write a model in the form of another package, checked against it."""
     from triscale.options import ExportOptions
 
-    options = _parse(ExportOptions, arguments, "triscale export", export.__doc__ or "")
+    options = parse(ExportOptions, arguments, "triscale export", export.__doc__ or "")
     from triscale.exporting import export_model
 
     parity = export_model(options.model, options.to, Path(options.output), _report)
@@ -225,7 +168,7 @@ def _one_of(commands: dict[str, tuple[Command, str]], group: str, arguments: Seq
         rows = "\n".join(f"  {name:<10} {text}" for name, (_, text) in commands.items())
         print(f"usage: triscale {group} COMMAND ...\n\n{rows}")
         return 0 if arguments else 2
-    command, _ = _choose(commands, arguments[0], f"command of triscale {group}")
+    command, _ = choose(commands, arguments[0], f"command of triscale {group}")
     return command(arguments[1:])
 
 
@@ -233,7 +176,7 @@ def data_index(arguments: Sequence[str]) -> int:
     """Read the headers of tar shards once and write where their samples lie, so that runs start at once."""
     from triscale.options import IndexOptions
 
-    options = _parse(IndexOptions, arguments, "triscale data index", data_index.__doc__ or "")
+    options = parse(IndexOptions, arguments, "triscale data index", data_index.__doc__ or "")
     from triscale import data_commands
 
     values, status = data_commands.index(options, _report)
@@ -245,7 +188,7 @@ def data_stats(arguments: Sequence[str]) -> int:
     """Tell what a source holds: counts, captions, images, duplicates, bad samples by reason."""
     from triscale.options import StatsOptions
 
-    options = _parse(StatsOptions, arguments, "triscale data stats", data_stats.__doc__ or "")
+    options = parse(StatsOptions, arguments, "triscale data stats", data_stats.__doc__ or "")
     from triscale import data_commands
 
     _write_json(options.json, data_commands.stats(options))
@@ -256,7 +199,7 @@ def data_pack(arguments: Sequence[str]) -> int:
     """Write a source as tar shards, and the embedded data set with its evaluation sets in CLIP_benchmark's layout."""
     from triscale.options import PackOptions
 
-    options = _parse(PackOptions, arguments, "triscale data pack", data_pack.__doc__ or "")
+    options = parse(PackOptions, arguments, "triscale data pack", data_pack.__doc__ or "")
     from triscale import data_commands
 
     data_commands.pack(options, _report)
@@ -267,7 +210,7 @@ def data_tokenizer(arguments: Sequence[str]) -> int:
     """Train a sentencepiece tokenizer from the captions of a source."""
     from triscale.options import TokenizerOptions
 
-    options = _parse(TokenizerOptions, arguments, "triscale data tokenizer", data_tokenizer.__doc__ or "")
+    options = parse(TokenizerOptions, arguments, "triscale data tokenizer", data_tokenizer.__doc__ or "")
     from triscale import data_commands
 
     data_commands.tokenizer(options)
@@ -283,7 +226,7 @@ def bench_loss(arguments: Sequence[str]) -> int:
     """Forward and backward of the losses against the batch: time, memory, share of the least arithmetic."""
     from triscale.options import BenchLossOptions
 
-    options = _parse(BenchLossOptions, arguments, "triscale bench loss", bench_loss.__doc__ or "")
+    options = parse(BenchLossOptions, arguments, "triscale bench loss", bench_loss.__doc__ or "")
     from triscale.bench import commands
 
     _write_json(options.json, commands.bench_loss(options, arguments, _report).values())
@@ -294,7 +237,7 @@ def bench_step(arguments: Sequence[str]) -> int:
     """The gradient of a whole contrastive batch against the batch: time, memory, errors, share of the arithmetic."""
     from triscale.options import BenchStepOptions
 
-    options = _parse(BenchStepOptions, arguments, "triscale bench step", bench_step.__doc__ or "")
+    options = parse(BenchStepOptions, arguments, "triscale bench step", bench_step.__doc__ or "")
     from triscale.bench import commands
 
     _write_json(options.json, commands.bench_step(options, arguments, _report).values())
@@ -303,12 +246,10 @@ def bench_step(arguments: Sequence[str]) -> int:
 
 def bench_data(arguments: Sequence[str]) -> int:
     """How fast a recipe's data is made, and where the time goes, without training."""
-    from triscale.options import take_number, take_option
-
     arguments, json_path = take_option(arguments, "--json")
     arguments, seconds = take_number(arguments, "--seconds")
     arguments, needs = take_number(arguments, "--needs")
-    config, recipe = _recipe_config("bench data", arguments)
+    config, recipe = parse_one_run("bench data", arguments)
     from triscale.bench import data as bench_of_data
 
     _write_json(json_path, bench_of_data.run(config, recipe, seconds=seconds, needs=needs, say=_report).values())

@@ -7,15 +7,16 @@ every field is a command-line option `--section.field`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
-import math
+import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from triscale.data.settings import DataSettings, train_sources
+from triscale.data.settings import DataSettings
 from triscale.errors import UsageError
 from triscale.models.presets import find_preset
 from triscale.models.settings import ModelSettings
@@ -27,12 +28,10 @@ from triscale.training.settings import (
     ParallelSettings,
     RunSettings,
     TrainSettings,
-    parse_compile,
-    parse_per_lane,
-    parse_remat,
 )
 
 LANES = ("image", "text")
+"""Of a run on pairs; see `lanes`."""
 
 MAY_CHANGE = (
     "run.",
@@ -57,6 +56,8 @@ MAY_CHANGE = (
 """Beginnings of the names of fields that a resumed run may change: no weight depends on them, but for rounding where
 they say which process computes what, as the number of processes does."""
 
+_PHASE_NAME = re.compile("[a-z][a-z0-9_]*")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -73,6 +74,42 @@ class RunConfig:
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+
+
+@dataclass(frozen=True)
+class Phases:
+    """A recipe of several runs, one after another, each of which begins with the weights that the one before it left.
+
+    Args:
+        of: names, in order, to what each run is made from. A name stands before options of one phase alone
+            ("--text.batch.size"), and in the name of its folder.
+    """
+
+    of: Mapping[str, RunConfig]
+
+    def __post_init__(self) -> None:
+        sections = {each.name for each in dataclasses.fields(RunConfig)}
+        for name in self.of:
+            if name in sections or not _PHASE_NAME.fullmatch(name):
+                raise UsageError(f"a phase cannot be called {name!r}: small letters, and not the name of a section")
+        if not self.of:
+            raise UsageError("a recipe of phases needs at least one")
+
+    def __getitem__(self, name: str) -> RunConfig:
+        if name not in self.of:
+            near = difflib.get_close_matches(name, self.of, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.of)}"
+            raise UsageError(f"unknown phase {name!r}: {hint}")
+        return self.of[name]
+
+    def changed(self, change: Callable[[RunConfig], RunConfig]) -> Phases:
+        """The phases with `change` made to each."""
+        return Phases({name: change(config) for name, config in self.of.items()})
+
+
+def lanes(config: RunConfig) -> tuple[str, ...]:
+    """The towers that a run trains: classification has no text."""
+    return LANES[:1] if config.loss.name == "classification" else LANES
 
 
 T = TypeVar("T")
@@ -116,8 +153,8 @@ def _value(kind: Any, value: Any, name: str) -> Any:
     raise UsageError(f"field '{name}' cannot be {value!r}")
 
 
-def read_config(path: str | Path) -> RunConfig:
-    """The config that a config.json holds; UsageError if there is none."""
+def read_recipe(path: str | Path) -> RunConfig | Phases:
+    """What a config.json holds, of a run or of several phases; UsageError if there is none."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -125,7 +162,21 @@ def read_config(path: str | Path) -> RunConfig:
         raise UsageError(f"config {str(path)!r} cannot be read: {reason}") from error
     if not isinstance(values, dict):
         raise UsageError(f"config {str(path)!r} holds no settings")
-    return from_dict(RunConfig, {name: value for name, value in values.items() if name != "recipe"})
+    settings = {name: value for name, value in values.items() if name != "recipe"}
+    if "phases" not in settings:
+        return from_dict(RunConfig, settings)
+    phases = settings["phases"]
+    if len(settings) > 1 or not isinstance(phases, dict) or not all(isinstance(each, dict) for each in phases.values()):
+        raise UsageError(f"config {str(path)!r} is damaged: its phases are no settings by name")
+    return Phases({name: from_dict(RunConfig, each, f"{name}.") for name, each in phases.items()})
+
+
+def read_config(path: str | Path) -> RunConfig:
+    """The config of one run that a config.json holds; UsageError if there is none."""
+    config = read_recipe(path)
+    if isinstance(config, Phases):
+        raise UsageError(f"config {str(path)!r} is of the phases {', '.join(config.of)}: take the folder of one")
+    return config
 
 
 def with_preset(config: RunConfig, name: str) -> RunConfig:
@@ -151,112 +202,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def refuse_changes(before: RunConfig, now: RunConfig) -> None:
-    """Raise UsageError naming the fields that differ though the weights depend on them."""
+def refuse_changes(before: RunConfig, now: RunConfig, phase: str = "") -> None:
+    """Raise UsageError naming the fields that differ though the weights depend on them, with their `phase`, if any."""
     old, new = flatten(to_dict(before)), flatten(to_dict(now))
     changed = [name for name in new if new[name] != old[name] and not name.startswith(MAY_CHANGE)]
     if changed:
-        fields = ", ".join(f"{name} (was {old[name]}, now {new[name]})" for name in changed)
+        prefix = f"{phase}." if phase else ""
+        fields = ", ".join(f"{prefix}{name} (was {old[name]}, now {new[name]})" for name in changed)
         raise UsageError(f"the run in this folder was begun with other settings: {fields}; use another --run.dir")
-
-
-def validate(config: RunConfig) -> None:
-    """Raise UsageError for values that cannot work, before any data or device is touched."""
-    at_least = {
-        "batch.size": 1,
-        "train.steps": 1,
-        "train.keep_checkpoints": 1,
-        "train.checkpoint_every_steps": 0,
-        "train.eval_every_steps": 0,
-        "train.log_every_steps": 1,
-        "data.workers": 0,
-        "data.window_shards": 0,
-        "data.cache_gib": 0,
-        "data.stall_seconds": 0,
-        "data.image_size": 1,
-        "data.canvas": 0,
-        "data.tokens": 2,
-        "data.vocabulary": 1,
-        "model.embedding": 1,
-        "model.text_width": 1,
-        "model.text_layers": 1,
-        "model.text_heads": 1,
-        "memory.budget_gib": 0,
-        "memory.host_gib": 0,
-        "parallel.replicas": 1,
-        "train.collective_timeout_seconds": 1,
-        "optim.learning_rate": 0,
-        "optim.weight_decay": 0,
-        "optim.epsilon": 0,
-        "optim.warmup_steps": 0,
-        "optim.cooldown_steps": 0,
-        "optim.clip_norm": 0,
-        "loss.max_logit_scale": 0,
-    }
-    values = flatten(to_dict(config))
-    for name, smallest in at_least.items():
-        if values[name] < smallest:
-            raise UsageError(f"--{name.replace('_', '-')} is {values[name]}: it must be at least {smallest}")
-    for name in ("data.max_bad", "data.caption_part_dropout"):
-        if not 0 <= values[name] <= 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {values[name]}: it must be from 0 to 1")
-    for name in ("model.dropout", "model.drop_path", "optim.beta1", "optim.beta2", "optim.momentum", "optim.ema"):
-        if not 0 <= values[name] < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {values[name]}: it must be at least 0 and below 1")
-    if min(config.model.image_std) <= 0:
-        raise UsageError(f"--model.image-std is {config.model.image_std}: each must be above 0")
-    if not 0 < config.optim.layer_decay <= 1:
-        raise UsageError(f"--optim.layer-decay is {config.optim.layer_decay}: it must be above 0 and at most 1")
-    for name, largest in (("crop_area", 1.0), ("crop_aspect", math.inf)):
-        low, high = values[f"data.augment.{name}"]
-        if not 0 < low <= high <= largest:
-            raise UsageError(
-                f"--data.augment.{name.replace('_', '-')} is {low} {high}: it must be above 0, the smaller number first"
-                + (f", at most {largest:g}" if largest == 1 else "")
-            )
-    if config.loss.logit_scale <= 0:
-        raise UsageError(f"--loss.logit-scale is {config.loss.logit_scale}: it must be above 0")
-    if config.model.text_width % config.model.text_heads:
-        raise UsageError(
-            f"--model.text-heads {config.model.text_heads} must divide --model.text-width {config.model.text_width}"
-        )
-    for template in config.data.caption_templates:
-        if "{c}" not in template:
-            raise UsageError(f"--data.caption-templates: {template!r} has no {{c}}")
-    _validate_ids(config.data)
-    parse_per_lane("--batch.micro", config.batch.micro, LANES, smallest=1)
-    parse_per_lane("--batch.keep", config.batch.keep, LANES, smallest=0)
-    _check_compilation(config.batch)
-    _check_sharding(config)
-
-
-def _check_compilation(batch: BatchSettings) -> None:
-    """Raise UsageError for a lane that is to be compiled and, besides, to do what compiled code cannot."""
-    remat = parse_remat(batch.remat, LANES)
-    for lane, mode in parse_compile(batch.compile, LANES).items():
-        compiled = f"--batch.compile {mode} of lane '{lane}'"
-        if mode != "none" and remat[lane] == "selective":
-            raise UsageError(f"{compiled} needs --batch.remat block or none there, not selective")
-        if mode != "none" and batch.batch_norm == "synchronised":
-            raise UsageError(f"{compiled} cannot be had with --batch.batch-norm synchronised")
-
-
-def _check_sharding(config: RunConfig) -> None:
-    """Raise UsageError for a way of sharding where nothing is sharded, and for half of bfloat16."""
-    changed = [name for name, value in vars(config.parallel).items() if value != getattr(ParallelSettings(), name)]
-    if config.parallel.shard == "none" and changed:
-        raise UsageError(f"--parallel.{changed[0]} is about sharded towers: add --parallel.shard full")
-    if config.parallel.parameters == "bfloat16" and config.train.precision != "bfloat16":
-        raise UsageError("--parallel.parameters bfloat16 needs --train.precision bfloat16")
-
-
-def _validate_ids(data: DataSettings) -> None:
-    """Raise UsageError for training sources that cannot be, and for batches of distinct ids without fixed ids."""
-    kinds = {source.ids for source in train_sources(data)}
-    if data.distinct_ids and kinds == {"none"}:
-        raise UsageError("--data.distinct-ids needs ids: add --data.ids label, or caption")
-    if data.distinct_ids and "caption" in kinds and data.caption_part_dropout:
-        raise UsageError(
-            "--data.distinct-ids: parts are left out of captions at random, which changes their ids: "
-            "take --data.caption-part-dropout 0, or --data.ids label"
-        )

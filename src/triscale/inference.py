@@ -123,12 +123,14 @@ def load(
     """Load a run, an exported model, or a model of open_clip or Hugging Face (docs/exchange.md).
 
     Args:
-        path: a run folder; a folder with a configuration of open_clip (open_clip_config.json) or of Hugging Face's CLIP
-            or SigLIP (config.json) and its weights, or the file of weights in it; or "hf-hub:ORGANISATION/NAME", a
-            model of the hub, also without "hf-hub:" where no such folder is there.
+        path: a run folder, that of a phase, or that of phases, of which the last with both towers is taken; a folder
+            with a configuration of open_clip (open_clip_config.json) or of Hugging Face's CLIP or SigLIP (config.json)
+            and its weights, or the file of weights in it; or "hf-hub:ORGANISATION/NAME", a model of the hub, also
+            without "hf-hub:" where no such folder is there.
         device: where to embed, such as "cpu" or "cuda".
         average: take the moving average of the weights, where the run keeps one, rather than the last ones.
-        report: called with one line for each newer checkpoint that is damaged and passed over.
+        report: called with one line for each newer checkpoint that is damaged and passed over, and where phases are
+            still to come.
 
     Raises:
         UsageError: the folder or one of its files is missing, damaged, or does not fit the others.

@@ -27,6 +27,7 @@ from triscale.models.dual_encoder import build_dual_encoder
 from triscale.models.interop import BIAS, SCALE, ForeignModel, check_fit, to_ours
 from triscale.models.settings import ModelSettings
 from triscale.models.weights import find_weights, read_json, read_weights
+from triscale.run_folder import trained_pair
 from triscale.training import checkpoint
 
 MAX_IMAGE_SIZE = 4096
@@ -89,12 +90,14 @@ def open_model(path: Path, report: Callable[[str], None], *, average: bool = Tru
 
     Args:
         path: the folder or file.
-        report: called with one line for each newer checkpoint that is damaged and passed over.
+        report: called with one line for each newer checkpoint that is damaged and passed over, and where phases of a
+            run are still to come.
         average: take the moving average of a run's weights, where it keeps one, rather than the last ones.
 
     Raises:
         UsageError: one of its files is missing, damaged, or does not fit the others.
     """
+    path = trained_pair(path, report)
     folder = path if path.is_dir() else path.parent
     if not path.exists():
         raise UsageError(

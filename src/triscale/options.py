@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,29 +44,6 @@ class ClassifyOptions:
     """cpu, cuda or mps."""
     json: str = ""
     """File for the probabilities as JSON."""
-
-
-def take_option(arguments: Sequence[str], option: str) -> tuple[list[str], str]:
-    """`arguments` without `option VALUE` (or option=VALUE), and the value; "" where it is not there."""
-    rest, value = [], ""
-    remaining = iter(arguments)
-    for argument in remaining:
-        if argument == option or argument.startswith(f"{option}="):
-            value = argument.partition("=")[2] or next(remaining, "")
-            if not value:
-                raise UsageError(f"{option} needs a value")
-        else:
-            rest.append(argument)
-    return rest, value
-
-
-def take_number(arguments: Sequence[str], option: str) -> tuple[list[str], float | None]:
-    """`arguments` without `option NUMBER`, and the number; None where it is not there."""
-    rest, text = take_option(arguments, option)
-    try:
-        return rest, float(text) if text else None
-    except ValueError:
-        raise UsageError(f"{option} {text!r} is not a number") from None
 
 
 def parse_labels(text: str) -> list[str]:

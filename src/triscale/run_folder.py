@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -14,23 +14,24 @@ from typing import Any
 import torch
 
 from triscale import __version__, distributed
-from triscale.config import RunConfig, read_config, refuse_changes, to_dict
+from triscale.config import LANES, Phases, RunConfig, lanes, read_recipe, refuse_changes, to_dict
 from triscale.data.tokenizer import JSON_FILE, MODEL_FILE, file_name
 from triscale.errors import LostProcess, RunError, UsageError
 from triscale.evaluation.suite import Results
 from triscale.models.hf_text import self_contained
+from triscale.training.checkpoint import Checkpoint, latest
 from triscale.training.plan import LanePlan
 from triscale.training.step import ContrastiveStep
 
 
 class Files:
-    """Where a run folder holds what; checkpoints and metrics belong to training.checkpoint and training.log."""
+    """Where a run folder holds what; that of phases has config.json and results.json alone. Checkpoints and
+    metrics belong to training.checkpoint and training.log."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = folder / "config.json"
         self.resolved = folder / "resolved.json"
-        self.tokenizers = (folder / MODEL_FILE, folder / JSON_FILE)
         self.preprocess = folder / "preprocess.json"
         self.quarantine = folder / "quarantine.jsonl"
         self.results = folder / "results.json"
@@ -42,23 +43,104 @@ def run_folder(config: RunConfig, recipe: str) -> Path:
     return Path(config.run.dir) if config.run.dir else Path("runs") / (config.run.name or recipe)
 
 
-def open_run_folder(files: Files, config: RunConfig, recipe: str) -> None:
-    """Begin a run folder, or check that the one there was begun with the same settings.
+def open_run_folder(files: Files, config: RunConfig | Phases, recipe: str) -> None:
+    """Begin a run folder, of one run or of phases, or check that the one there was begun with the same settings.
 
     Raises:
         UsageError: it was begun with other settings, holds something else, or cannot be made.
     """
     if files.config.exists():
-        refuse_changes(read_config(files.config), config)
+        _refuse_changes(files, read_recipe(files.config), config)
         return
     try:
-        if files.folder.exists() and any(files.folder.iterdir()):
+        # What a kill left of an earlier beginning does not count.
+        if files.folder.exists() and any(path != _temporary(files.config) for path in files.folder.iterdir()):
             raise UsageError(f"{str(files.folder)!r} is not empty and no run folder: use another --run.dir")
         distributed.barrier()  # every rank has looked before rank 0 writes
         files.folder.mkdir(parents=True, exist_ok=True)
-        write_json(files.config, {"recipe": recipe, **to_dict(config)})
+        write_json(files.config, {"recipe": recipe, **_settings(config)})
     except OSError as error:
         raise UsageError(f"run folder {str(files.folder)!r} cannot be made: {error.strerror}") from error
+
+
+def _settings(config: RunConfig | Phases) -> dict[str, Any]:
+    if isinstance(config, RunConfig):
+        return to_dict(config)
+    return {"phases": {name: to_dict(each) for name, each in config.of.items()}}
+
+
+def _refuse_changes(files: Files, before: RunConfig | Phases, now: RunConfig | Phases) -> None:
+    """Raise UsageError where a run goes on with other phases or settings than it was begun with."""
+    if isinstance(before, RunConfig) and isinstance(now, RunConfig):
+        refuse_changes(before, now)
+        return
+    names = [list(each.of) if isinstance(each, Phases) else [] for each in (before, now)]
+    if isinstance(before, RunConfig) or isinstance(now, RunConfig) or names[0] != names[1]:
+        was, is_ = (f"the phases {', '.join(each)}" if each else "one run" for each in names)
+        raise UsageError(f"{str(files.folder)!r} holds {was}, not {is_}: use another --run.dir")
+    for name in now.of:
+        refuse_changes(before[name], now[name], phase=name)
+
+
+def phase_folder(folder: Path, phases: Phases, name: str) -> Path:
+    """Where a phase lives: a run folder of its own below that of the whole, such as RUN/2-text."""
+    return folder / f"{list(phases.of).index(name) + 1}-{name}"
+
+
+def parts_of(folder: Path) -> dict[Path, RunConfig]:
+    """The run folder, or those of its phases, in order, with what each was made from; UsageError if it is none."""
+    recipe = read_recipe(Files(folder).config)
+    if isinstance(recipe, RunConfig):
+        return {folder: recipe}
+    return {phase_folder(folder, recipe, name): config for name, config in recipe.of.items()}
+
+
+def trained_pair(folder: Path, report: Callable[[str], None]) -> Path:
+    """The run folder with both towers that `folder` stands for: itself, or that of its last phase that has any.
+
+    Args:
+        report: hears which it is, where it is not that of the last phase.
+
+    Raises:
+        UsageError: there is no text tower in it.
+    """
+    if not _is_run(folder):
+        return folder  # such as an exported model
+    parts = parts_of(folder)
+    pairs = [part for part, config in parts.items() if lanes(config) == LANES]
+    if not pairs:
+        raise UsageError(
+            f"{str(folder)!r} holds an image tower trained on labels, and no text tower to compare it with"
+        )
+    trained = [part for part in pairs if any((part / "checkpoints").glob("step_*"))]
+    chosen = (trained or pairs)[-1]
+    if chosen != list(parts)[-1]:
+        report(f"{folder} is not finished: this is its phase {chosen.name}")
+    return chosen
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether the folder was begun by a run; other packages have a config.json, too."""
+    try:
+        values = json.loads(Files(folder).config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "recipe" in values
+
+
+def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> Checkpoint:
+    """The newest good checkpoint of a run, or of the last of its phases that has one.
+
+    Raises:
+        UsageError: it is no run folder, or has no good checkpoint.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--train.init {str(folder)!r}: there is no such run folder")
+    for part in reversed(parts_of(folder)):
+        found = latest(part, report=report, with_optimizer=False)
+        if found is not None:
+            return found
+    raise UsageError(f"--train.init {str(folder)!r}: it has no good checkpoint")
 
 
 @contextmanager
@@ -100,7 +182,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; rank 0 alone."""
     if distributed.rank() != 0:
         return
-    temporary = path.with_name(f".{path.name}.temporary")
+    temporary = _temporary(path)
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
@@ -108,14 +190,18 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise RunError(f"{str(path)!r} could not be written: {error.strerror}") from error
 
 
-def saved_tokenizer(files: Files) -> Path | None:
-    """The file of the run's tokenizer; None before the run has one."""
-    return next((path for path in files.tokenizers if path.exists()), None)
+def saved_tokenizer(folder: Path) -> Path | None:
+    """The file of a run's tokenizer; None before the run has one, or where it has no text."""
+    return next((path for path in (folder / MODEL_FILE, folder / JSON_FILE) if path.exists()), None)
 
 
 def write_tokenizer(files: Files, content: bytes) -> None:
     """Write the run's tokenizer, by the name that its kind has; rank 0 alone."""
     write_bytes(files.folder / file_name(content), content)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.temporary")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -134,6 +220,17 @@ def read_plans(files: Files) -> dict[str, LanePlan]:
         raise UsageError(f"{str(files.resolved)!r} is damaged: delete it to have it made again") from error
 
 
+def read_init(files: Files) -> str | None:
+    """The checkpoint that a run began with, "" for fresh weights; None where that is not written down yet."""
+    if not files.resolved.exists():
+        return None
+    try:
+        init = json.loads(files.resolved.read_text(encoding="utf-8")).get("init", "")
+        return init if isinstance(init, str) else ""
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{str(files.resolved)!r} is damaged: delete it to have it made again") from error
+
+
 def preprocess(config: RunConfig) -> dict[str, Any]:
     """How an image becomes what the image tower sees; the tower itself scales and normalises."""
     return {
@@ -144,13 +241,19 @@ def preprocess(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def resolved(config: RunConfig, vocabulary: int, step: ContrastiveStep) -> dict[str, Any]:
-    """What a run became: everything that loading it or repeating it needs, "auto" replaced by numbers."""
+def resolved(config: RunConfig, vocabulary: int, step: ContrastiveStep, init: str) -> dict[str, Any]:
+    """What a run became: everything that loading it or repeating it needs, "auto" replaced by numbers.
+
+    Args:
+        vocabulary: number of token ids; 0 without text.
+        init: the checkpoint that it began with, "" for fresh weights.
+    """
     return {
         "model": to_dict(self_contained(config.model)),
         "data": to_dict(config.data),
         "vocabulary": vocabulary,
         "tokens": config.data.tokens,
+        "init": init,
         "plans": {lane: plan._asdict() for lane, plan in step.plans.items()},
         "parameters": {lane: sum(p.numel() for p in tower.parameters()) for lane, tower in step.towers.items()},
         "processes": distributed.world_size(),
@@ -165,7 +268,7 @@ def evaluation_of(folder: Path) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
     Raises:
         UsageError: the folder has no config.json, or its recipe named no sets.
     """
-    data = read_config(Files(folder).config).data
+    data = parts_of(trained_pair(folder, lambda line: None)).popitem()[1].data
     if not data.eval:
         raise UsageError(f"the run {str(folder)!r} has no evaluation sets of its own: name some with --data")
     return data.eval, data.root, data.shifts

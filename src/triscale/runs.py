@@ -4,52 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from torch import device as Device
-from torch import nn
 from torch.optim import Optimizer
 
 from triscale import distributed
-from triscale.assembly import (
-    check_model,
-    check_sharding,
-    check_tokenizer,
-    describe_optimizer,
-    describe_sharding,
-    device_of,
-    evaluating,
-    make_average,
-    make_encoder,
-    make_ids,
-    make_model,
-    make_optimizer,
-    make_reader,
-    make_schedule,
-    make_step,
-    make_tokenizer,
-    open_training_data,
-    place_model,
-)
-from triscale.config import RunConfig, validate
+from triscale.assembly import describe_optimizer, evaluating, make_optimizer, make_schedule
+from triscale.config import RunConfig, lanes
 from triscale.data.distinct import DistinctOrder
-from triscale.data.mixture import Mixture
 from triscale.data.quarantine import Quarantine
-from triscale.data.rows import BatchReader
 from triscale.data.unchanged import describe_sources, require_unchanged
-from triscale.evaluation.datasets import EvaluationSet, open_sets
-from triscale.evaluation.encoder import Encoder
-from triscale.evaluation.suite import check_shifts, evaluate
+from triscale.evaluation.suite import evaluate
 from triscale.feed import open_batches
-from triscale.losses.contrastive import ContrastiveLoss
-from triscale.models.dual_encoder import DualEncoder
+from triscale.model_assembly import check_sharding, describe_sharding, make_step
 from triscale.run_folder import (
     Files,
     advice,
@@ -60,50 +31,15 @@ from triscale.run_folder import (
     resolved,
     run_folder,
     saved_results,
-    saved_tokenizer,
     write_json,
     write_tokenizer,
 )
+from triscale.run_parts import Checked, Run, check, place, set_up, with_features
 from triscale.scores import headline, publish, show
 from triscale.training import checkpoint, memory, optim
-from triscale.training.ema import WeightAverage
-from triscale.training.host_memory import reuse_large_buffers
 from triscale.training.log import RunLog
 from triscale.training.loop import StopFlag, train
 from triscale.training.step import ContrastiveStep
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run put together: what its stages work on."""
-
-    config: RunConfig
-    recipe: str
-    files: Files
-    mixture: Mixture
-    reader: BatchReader
-    model: DualEncoder
-    loss: ContrastiveLoss
-    sets: Sequence[EvaluationSet]
-    device: Device
-    console: Console
-    average: WeightAverage | None
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """All that is trained and checkpointed, by name."""
-        return {**self.model.towers(), "loss": self.loss}
-
-    def after_step(self) -> None:
-        """What follows an optimizer step."""
-        self.loss.clamp_()
-        if self.average:
-            self.average.update()
-
-    @property
-    def encoder(self) -> Encoder:
-        """The model as evaluation sees it."""
-        return make_encoder(self.config, self.model, self.reader.tokenizer, self.device)
 
 
 def train_run(config: RunConfig, recipe: str) -> int:
@@ -113,60 +49,44 @@ def train_run(config: RunConfig, recipe: str) -> int:
         UsageError: what was asked for cannot be.
         RunError: the run cannot go on; LostProcess: another of its processes died or hangs. The last checkpoint stands.
     """
-    validate(config)
-    files = Files(run_folder(config, recipe))
-    device = device_of(config.train.device)
-    if device.type == "cpu":
-        reuse_large_buffers()
-    console = Console(stderr=True, highlight=False, quiet=int(os.environ.get("RANK", "0")) > 0)
-    check_model(config)
-    mixture = open_training_data(config)
-    sets = open_sets(config.data.eval, config.data.root)
-    check_shifts(sets, config.data.shifts)
-    timeout = config.train.collective_timeout_seconds
-    with advice(files.folder), distributed.process_group(device.type, timeout):
-        check_sharding(config, device)
-        open_run_folder(files, config, recipe)
-        with locked(files.folder):
-            tokenizer = make_tokenizer(config, mixture, saved_tokenizer(files))
-            ids = make_ids(mixture, files.folder / "ids", device) if config.data.distinct_ids else None
-            reader = make_reader(config, mixture, tokenizer, ids)
-            model, loss = make_model(config, reader.tokenizer.vocabulary_size)
-            check_tokenizer(model, reader.tokenizer)
-            place_model(config, model, loss, device)
-            run = Run(
-                config=config,
-                recipe=recipe,
-                files=files,
-                mixture=mixture,
-                reader=reader,
-                model=model,
-                loss=loss,
-                sets=sets,
-                device=device,
-                console=console,
-                average=make_average(config, {**model.towers(), "loss": loss}),
-            )
-            return _go_on(run, tokenizer)
+    checked, folder = check(config), run_folder(config, recipe)
+    with distributed.process_group(checked.device.type, config.train.collective_timeout_seconds):
+        return train_checked(checked, recipe, folder)
 
 
-def _go_on(run: Run, tokenizer: bytes) -> int:
+def train_checked(checked: Checked, recipe: str, folder: Path, begin_from: Path | None = None) -> int:
+    """As `train_run`, within the process group.
+
+    Args:
+        folder: the run folder.
+        begin_from: a run folder whose weights a new run begins with; --train.init goes before it.
+    """
+    files = Files(folder)
+    with advice(folder):
+        check_sharding(checked.config, checked.device)
+        open_run_folder(files, checked.config, recipe)
+        with locked(folder):
+            return _go_on(*set_up(checked, recipe, files, begin_from))
+
+
+def _go_on(run: Run, done: checkpoint.Checkpoint | None) -> int:
     """Train from the newest checkpoint, if any, to the end, then evaluate; the exit status."""
-    done = checkpoint.latest(run.files.folder, report=lambda line: run.console.print(line, markup=False))
-    checkpoint.require_same(done, run.device)
-    if done is not None:
-        checkpoint.load_into(run.modules, done.model())
-        if run.average:
-            run.average.load(done.average() or {})
     if done is not None and done.step >= run.config.train.steps:
-        run.console.print(f"{run.files.folder} is finished: {done.step} steps", markup=False)
+        run.say(f"{run.files.folder} is finished: {done.step} steps")
         results = saved_results(run.files, [each.name for each in run.sets])
         if results is not None:
             show(run.files, results)
             return 0
+        run = place(run, done)
     else:
-        write_tokenizer(run.files, tokenizer)
+        if run.tokenizer is not None:
+            write_tokenizer(run.files, run.tokenizer)
         write_json(run.files.preprocess, preprocess(run.config))
+        run, signal = with_features(run)
+        if signal:
+            run.say("stopped while features were computed; the same command goes on from there")
+            return 128 + signal
+        run = place(run, done)
         status = _train(run, done)
         if status:
             return status
@@ -196,6 +116,7 @@ def _train(run: Run, done: checkpoint.Checkpoint | None) -> int:
         rows = opened.enter_context(contextlib.closing(open_batches(config, run.reader, run.device, start, log)))
         outcome = train(
             step=step,
+            lanes=lanes(config),
             optimizer=optimizer,
             schedule=make_schedule(config),
             batches=rows,
@@ -228,6 +149,7 @@ def _make_step(run: Run) -> ContrastiveStep:
         probe = run.reader(range(memory.PROBE_ROWS))
         # Full rows of tokens: a text tower that skips padding takes its most memory on them.
         inputs = {"image": probe.images, "text": probe.tokens.clamp(min=1)}
+        inputs = {lane: inputs[lane] for lane in lanes(run.config)}
         step.plans = step.resolve(inputs, rows=len(distributed.rows_of(run.config.batch.size)))
         _write_resolved(run, step)
     else:
@@ -237,7 +159,7 @@ def _make_step(run: Run) -> ContrastiveStep:
 
 def _write_resolved(run: Run, step: ContrastiveStep) -> None:
     """Write what the run became; its plans are those of the steps to come, wherever it goes on."""
-    values = resolved(run.config, run.reader.tokenizer.vocabulary_size, step)
+    values = resolved(run.config, run.vocabulary, step, run.init)
     write_json(run.files.resolved, {**values, "recoveries": step.recoveries})
 
 
@@ -261,7 +183,7 @@ def _open_log(run: Run) -> RunLog:
     return RunLog(
         run.files.folder,
         total_steps=settings.steps,
-        batch_size=run.config.batch.size,
+        chance=run.chance,
         log_every_steps=settings.log_every_steps,
         console=run.console,
     )
@@ -274,6 +196,8 @@ def _note_start(run: Run, log: RunLog, quarantine: Quarantine, step: Contrastive
         counts = Counter(reason for _, reason in entries)
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
         log.note(f"{name}: {len(entries)} entries are not used ({reasons}); quarantine.jsonl")
+    for line in run.notes:
+        log.note(line)
     if len(run.mixture.sources) > 1:
         log.note(f"drawn from {run.mixture}")
     if isinstance(run.reader.order, DistinctOrder):
@@ -315,5 +239,5 @@ def finish(run: Run) -> None:
             title=f"Triscale: {run.recipe}",
             encoder=run.encoder,
             sets=run.sets,
-            logit_scale=math.exp(float(run.loss.logit_scale.detach())),
+            logit_scale=run.logit_scale,
         )

@@ -7,19 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
-from triscale.assembly import (
-    compile_towers,
-    make_model,
-    make_reader,
-    make_tokenizer,
-    open_training_data,
-    prepare_towers,
-    step_batch_norm,
-)
-from triscale.config import LANES, RunConfig, validate
+from triscale.assembly import make_reader, make_tokenizer, open_training_data
+from triscale.config import RunConfig, lanes
 from triscale.errors import RunError, UsageError
+from triscale.model_assembly import compile_towers, make_model, prepare_towers, step_batch_norm
 from triscale.training.settings import parse_per_lane
 from triscale.training.verify import verify
+from triscale.validation import validate
 
 LIMIT = 1e-10
 """Largest relative error, in float64, of a gradient that counts as exact."""
@@ -38,22 +32,25 @@ def verify_run(config: RunConfig) -> dict[str, float]:
     validate(config)
     mixture = open_training_data(config)
     reader = make_reader(config, mixture, make_tokenizer(config, mixture))
-    dropout, drop_path = (max(p, DROPOUT) for p in (config.model.dropout, config.model.drop_path))
-    noisy = replace(config, model=replace(config.model, dropout=dropout, drop_path=drop_path))
-    try:
-        model, loss = make_model(noisy, reader.tokenizer.vocabulary_size)
-    except UsageError:  # an image tower without stochastic depth; dropout is on all the same
-        noisy = replace(config, model=replace(config.model, dropout=dropout))
-        model, loss = make_model(noisy, reader.tokenizer.vocabulary_size)
-    compile_towers(config, model.towers())  # both sides: compiled towers draw other random numbers than bare ones
-    wanted = parse_per_lane("--batch.micro", config.batch.micro, LANES, smallest=1)
+    vocabulary = 0 if reader.tokenizer is None else reader.tokenizer.vocabulary_size
+    wanted = parse_per_lane("--batch.micro", config.batch.micro, lanes(config), smallest=1)
     sizes = {lane: size if isinstance(size, int) else MICRO_BATCH for lane, size in wanted.items()}
     rows = min(config.batch.size, 2 * max(sizes.values()) + 7)
     batch = reader(range(rows))
+    classes = batch.ids.unique() if config.loss.name == "classification" else None
+    dropout, drop_path = (max(p, DROPOUT) for p in (config.model.dropout, config.model.drop_path))
+    noisy = replace(config, model=replace(config.model, dropout=dropout, drop_path=drop_path))
+    try:
+        model, loss = make_model(noisy, vocabulary, classes)
+    except UsageError:  # an image tower without stochastic depth; dropout is on all the same
+        noisy = replace(config, model=replace(config.model, dropout=dropout))
+        model, loss = make_model(noisy, vocabulary, classes)
+    compile_towers(config, model.towers())  # both sides: compiled towers draw other random numbers than bare ones
+    columns = {"image": batch.images, "text": batch.tokens}
     return verify(
         model.towers(),
         loss,
-        {"image": batch.images, "text": batch.tokens},
+        {lane: columns[lane] for lane in lanes(config)},
         batch.ids,
         micro_batch={lane: min(size, math.ceil(rows / 3)) for lane, size in sizes.items()},
         batch_norm=step_batch_norm(config),
@@ -67,6 +64,6 @@ def show_errors(errors: Mapping[str, float]) -> None:
     for name in sorted(errors, key=errors.__getitem__, reverse=True)[:SHOWN_PARAMETERS]:
         print(f"{errors[name]:.2e}  {name}")
     largest = max(errors.values())
-    print(f"largest relative error of {len(errors)} gradients, logit scale included: {largest:.2e}")
+    print(f"largest relative error of {len(errors)} gradients, the loss's included: {largest:.2e}")
     if not largest <= LIMIT:
         raise RunError(f"the step's gradient is not that of the whole batch: {largest:.2e} is above {LIMIT:.0e}")

@@ -32,9 +32,9 @@ from odd_sources import (
 )
 from triscale.cli import main
 from triscale.config import RunConfig, to_dict
-from triscale.data.augment import Augmentation
 from triscale.data.captions import CaptionRules, choose_caption, read_label
 from triscale.data.decode import decode_image
+from triscale.data.images import Pixels
 from triscale.data.order import Order
 from triscale.data.rows import BatchReader
 from triscale.data.samples import REASONS, BadSample, PartlyUsed, Source
@@ -67,7 +67,7 @@ LABELLED = CaptionRules(fields=FIELDS, ids="label")
 
 def reader(source: Source, rules: CaptionRules = ANYTHING) -> BatchReader:
     order, tokenizer = Order([len(source)], seed=0), SentencePieceTokenizer(TOKENIZER, 12)
-    return BatchReader([source], [rules], order, tokenizer, Augmentation(SETTINGS.augment, 24), SETTINGS, 0)
+    return BatchReader([source], [rules], order, tokenizer, Pixels(SETTINGS, len(source)), 0)
 
 
 def open_tar(folder: Path, parts: Iterable[TarPart]) -> Source:
@@ -116,8 +116,8 @@ def test_an_odd_image_is_seen_as_it_is_meant(name: str, tmp_path: Path) -> None:
     assert np.nanmean(distance) <= case.mean_error
     [row] = reader(source).rows(range(1))
     assert not row.bad
-    if seen.shape == row.canvas.shape:
-        assert np.array_equal(row.canvas, seen), "training sees the same"
+    if seen.shape == row.image.values.shape:
+        assert np.array_equal(row.image.values, seen), "training sees the same"
 
 
 def test_no_image_takes_more_memory_or_time_than_stated(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from pictures import SETTINGS, Pictures, make_reader, rules
-from triscale.config import RunConfig, validate
+from triscale.config import RunConfig
 from triscale.data.captions import CaptionRules
 from triscale.data.distinct import BAD, NO_ID
 from triscale.data.ids import IdFile, ids_path, read_ids, write_ids
 from triscale.data.samples import Sample
 from triscale.data.settings import DataSettings
 from triscale.errors import UsageError
+from triscale.validation import validate
 
 ONE_CAPTION = replace(SETTINGS, caption_fields=("txt",), caption_part_dropout=0.0)
 

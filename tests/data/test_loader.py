@@ -27,7 +27,7 @@ from pictures import SETTINGS, Pictures, assert_equal, joined, make_reader
 from pictures import rules as rules_of
 from triscale.config import RunConfig
 from triscale.data import canvases, loader, rows
-from triscale.data.augment import Augmentation
+from triscale.data.images import Pixels
 from triscale.data.loader import batches, require_batch, rows_in_flight
 from triscale.data.order import Order
 from triscale.data.rows import Batch, BatchReader, Row, StreamedBatch
@@ -169,9 +169,7 @@ def test_shards_make_the_same_batches_in_workers_and_list_their_bad_samples(tmp_
     source = open_source("*.tar", str(tmp_path))
     tokenizer = make_reader().tokenizer
     order = Order([len(source)], seed=0)
-    reader = BatchReader(
-        [source], [rules_of(SETTINGS)], order, tokenizer, Augmentation(SETTINGS.augment, 12), SETTINGS, 0
-    )
+    reader = BatchReader([source], [rules_of(SETTINGS)], order, tokenizer, Pixels(SETTINGS, len(source)), 0)
     made = list(batches(reader, start=0, batch_size=10, workers=1, last=20))
     for batch, expected in zip(made, (reader(range(10)), reader(range(10, 20))), strict=True):
         assert_equal(batch, expected)

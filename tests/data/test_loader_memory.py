@@ -15,7 +15,7 @@ import pytest
 from pictures import SETTINGS, make_reader, rules
 from shards import write_shards
 from triscale.data import canvases
-from triscale.data.augment import Augmentation
+from triscale.data.images import Pixels
 from triscale.data.indexing import index_shards
 from triscale.data.loader import batches
 from triscale.data.order import Order
@@ -57,9 +57,7 @@ def sizes_after(folder: Path, samples: list[int]) -> list[list[int]]:
 def shard_reader(folder: str | Path) -> BatchReader:
     source = open_shards("*.tar", root=folder)
     order = Order([len(source)], seed=0)
-    return BatchReader(
-        [source], [rules(SETTINGS)], order, make_reader().tokenizer, Augmentation(SETTINGS.augment, 12), SETTINGS, 0
-    )
+    return BatchReader([source], [rules(SETTINGS)], order, make_reader().tokenizer, Pixels(SETTINGS, len(source)), 0)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import tyro
 from PIL import Image
 
 from triscale.assembly import make_reader, make_tokenizer, open_training_data
-from triscale.config import RunConfig, from_dict, to_dict, validate
+from triscale.config import RunConfig, from_dict, to_dict
 from triscale.data.captions import CaptionRules
 from triscale.data.mixture import CLIP_TEMPLATES, open_mixture
 from triscale.data.settings import DataSettings, train_sources
@@ -22,6 +22,7 @@ from triscale.errors import UsageError
 from triscale.models.settings import ModelSettings
 from triscale.runs import train_run
 from triscale.training.settings import BatchSettings, RunSettings, TrainSettings
+from triscale.validation import validate
 
 
 def write_shard(path: Path, first: int, samples: int, **sidecars: str) -> None:

@@ -21,9 +21,9 @@ from pictures import rules as rules_of
 from triscale.assembly import captions_of
 from triscale.data import cache as cache_module
 from triscale.data import remote
-from triscale.data.augment import Augmentation
 from triscale.data.cache import Cache, open_cache
 from triscale.data.captions import CaptionRules
+from triscale.data.images import Pixels
 from triscale.data.loader import batches
 from triscale.data.mixture import open_mixture
 from triscale.data.order import Order
@@ -86,8 +86,8 @@ def opened(web: Web, folder: Path, limit_bytes: int = 2**30) -> RemoteShards:
 def reader_of(source: Source) -> BatchReader:
     order = Order([len(source)], seed=0, shards=[[SAMPLES] * SHARDS], window_shards=3)
     settings = replace(SETTINGS, canvas=0, caption_fields=("txt",))
-    augmentation = Augmentation(settings.augment, settings.image_size)
-    return BatchReader([source], [rules_of(settings)], order, make_reader().tokenizer, augmentation, settings, 0)
+    pixels = Pixels(settings, len(source))
+    return BatchReader([source], [rules_of(settings)], order, make_reader().tokenizer, pixels, 0)
 
 
 def held_bytes(folder: Path) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pictures import SETTINGS, Pictures, assert_equal, joined, make_reader
 from pictures import rules as rules_of
 from triscale.data import canvases, rows
-from triscale.data.augment import Augmentation
+from triscale.data.images import Pixels
 from triscale.data.order import Order
 from triscale.data.rows import BatchReader, StreamedBatch
 from triscale.data.samples import Sample
@@ -56,8 +56,8 @@ def test_a_crop_is_drawn_anew_at_every_position_from_an_image_that_is_not_kept()
     source = Pictures(size=1)
     reader = make_reader(source, cropped)
     batch = reader(range(30))
-    assert (0, 0) not in reader.canvases
-    assert len({row.canvas.tobytes() for row in reader.rows(range(30))}) > 25
+    assert (0, 0) not in reader.image_rows
+    assert len({row.image.values.tobytes() for row in reader.rows(range(30))}) > 25
     assert_equal(joined([make_reader(source, cropped)(range(p, p + 1)) for p in range(30)]), batch)
     plain = make_reader(source)(range(30))
     assert torch.equal(batch.tokens, plain.tokens), "captions are drawn as without"
@@ -141,9 +141,7 @@ def test_drawn_scenes_make_batches_too():
     settings = DataSettings(image_size=24, tokens=8)
     order = Order([len(scenes)], seed=0)
     tokenizer = SentencePieceTokenizer(reader.tokenizer.content, 8)
-    batch = BatchReader(
-        [scenes], [rules_of(settings)], order, tokenizer, Augmentation(settings.augment, 24), settings, 0
-    )(range(4))
+    batch = BatchReader([scenes], [rules_of(settings)], order, tokenizer, Pixels(settings, len(scenes)), 0)(range(4))
     assert batch.images.shape == (4, 3, 24, 24)
     assert batch.bad == ()
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from pictures import NAMES, SETTINGS, Pictures, joined
 from triscale.data import loader
-from triscale.data.augment import Augmentation
 from triscale.data.captions import CaptionRules
 from triscale.data.distinct import DistinctOrder
 from triscale.data.ids import read_ids
+from triscale.data.images import Pixels
 from triscale.data.loader import batches
 from triscale.data.mixture import Mixture
 from triscale.data.rows import Batch, BatchReader
@@ -58,9 +58,9 @@ def make_reader(kind: str, counts: tuple[int, ...] = COUNTS, seed: int = SEED, b
         parts = zip(mixture.sources, mixture.captions, strict=True)
         order = DistinctOrder(order, [read_ids(source, rules, range(len(source))) for source, rules in parts], batch)
     data = replace(SETTINGS, canvas=0)
-    augmentation = Augmentation(data.augment, data.image_size)
+    pixels = Pixels(data, len(mixture))
     tokenizer = SentencePieceTokenizer(MODEL, data.tokens)
-    return BatchReader(mixture.sources, mixture.captions, order, tokenizer, augmentation, data, seed)
+    return BatchReader(mixture.sources, mixture.captions, order, tokenizer, pixels, seed)
 
 
 def digest(received: Iterable[Batch]) -> str:

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from pictures import rules
-from triscale.data.augment import Augmentation
+from triscale.data.images import Pixels
 from triscale.data.order import Order
 from triscale.data.rows import BatchReader
 from triscale.data.samples import PartlyUsed, Source
-from triscale.data.settings import AugmentSettings, DataSettings
+from triscale.data.settings import DataSettings
 from triscale.data.sources import KINDS, needs_root, open_source
 from triscale.data.text import SentencePieceTokenizer, train_tokenizer
 from triscale.errors import UsageError
@@ -73,8 +73,7 @@ def test_every_kind_makes_the_same_batches(root: Path) -> None:
     for spec in ("00.tar", "folder:pairs", "pairs.csv"):
         source = open_source(spec, str(root))
         order = Order([len(source)], seed=0)
-        still = Augmentation(AugmentSettings(), 9)
-        reader = BatchReader([source], [rules(settings)], order, tokenizer, still, settings, 0)
+        reader = BatchReader([source], [rules(settings)], order, tokenizer, Pixels(settings, len(source)), 0)
         made.append(reader(range(20)))
     for batch in made[1:]:
         assert batch.images.equal(made[0].images) and batch.tokens.equal(made[0].tokens)

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from step_errors import step_errors
-from triscale.config import RunConfig, from_dict, to_dict, validate, with_preset
+from triscale.config import RunConfig, from_dict, to_dict, with_preset
 from triscale.errors import UsageError
 from triscale.models.dual_encoder import build_dual_encoder
 from triscale.models.presets import PRESETS, Preset, find_preset
 from triscale.models.settings import ModelSettings
+from triscale.validation import validate
 
 # The papers' figures in millions of parameters: image tower, text tower, both. None: not published.
 PUBLISHED: dict[str, tuple[float | None, float | None, float | None]] = {

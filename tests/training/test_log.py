@@ -28,7 +28,9 @@ def shown(log: RunLog) -> str:
 
 
 def run_log(folder: Path, *, terminal: bool = False, log_every_steps: int = 10) -> RunLog:
-    return RunLog(folder, total_steps=100, batch_size=1024, log_every_steps=log_every_steps, console=console(terminal))
+    return RunLog(
+        folder, total_steps=100, chance=("B", 1024), log_every_steps=log_every_steps, console=console(terminal)
+    )
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -112,7 +112,7 @@ class Run:
 
     def train(self, **changes: Any) -> Outcome:
         with RunLog(
-            self.folder, total_steps=self.total_steps, batch_size=ROWS, console=Console(file=io.StringIO())
+            self.folder, total_steps=self.total_steps, chance=("B", ROWS), console=Console(file=io.StringIO())
         ) as log:
             log.cut(self.start_step)
             return train(**{**self.arguments(log), **changes})
@@ -120,6 +120,7 @@ class Run:
     def arguments(self, log: RunLog) -> dict[str, Any]:
         return {
             "step": self.step,
+            "lanes": ("image", "text"),
             "optimizer": self.optimizer,
             "schedule": lambda step: learning_rate(step, peak=0.01, warmup_steps=3, total_steps=self.total_steps),
             "batches": self.batches(),

@@ -21,11 +21,13 @@ from rich.table import Table
 
 from triscale.assembly import make_reader, make_tokenizer, open_training_data
 from triscale.bench.measure import Machine, this_machine
-from triscale.config import RunConfig, validate
+from triscale.config import RunConfig
+from triscale.data.images import Pixels
 from triscale.data.loader import batches
 from triscale.data.rows import PIECE_ROWS, BatchReader
 from triscale.data.samples import Sample
 from triscale.errors import UsageError
+from triscale.validation import validate
 
 PHASES = {
     "read": "bytes from the source",
@@ -218,9 +220,11 @@ def in_process(reader: BatchReader, rows: int, seconds: float) -> InProcess:
     clock = Clock("collate")
     for source in set(reader.sources):
         clock.time_calls(source, "read", "read", count)
-    clock.time_calls(reader.canvases, "squares", "decode")
+    pixels = reader.image_rows
+    assert isinstance(pixels, Pixels)
+    clock.time_calls(pixels.canvases, "squares", "decode")
     for method in ("draw", "draw_crop", "apply"):
-        clock.time_calls(reader.augmentation, method, "augment")
+        clock.time_calls(pixels.augmentation, method, "augment")
     clock.time_calls(reader, "caption", "text")
     clock.time_calls(reader, "tokens", "text")
     images, cpu, began = 0, time.process_time(), time.perf_counter()

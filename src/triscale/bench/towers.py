@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from triscale.assembly import make_model
 from triscale.bench import peers
-from triscale.config import RunConfig, with_preset
+from triscale.config import Phases, RunConfig, with_preset
 from triscale.errors import UsageError
+from triscale.model_assembly import make_model
 from triscale.models.dual_encoder import build_dual_encoder
 from triscale.models.presets import PRESETS
 from triscale.models.settings import ModelSettings
@@ -167,6 +167,11 @@ def of_config(config: RunConfig) -> Workload:
     return Workload(towers=model.towers(), draw=draw, batch_norm=statistics)
 
 
+def of_recipe(recipe: RunConfig | Phases) -> Workload:
+    """The towers of a recipe, or of the last of its phases, which trains all of both."""
+    return of_config(recipe if isinstance(recipe, RunConfig) else list(recipe.of.values())[-1])
+
+
 def of_preset(name: str) -> Workload:
     """The towers of a preset; BatchNorm takes its statistics from micro-batches."""
     return of_config(with_preset(RunConfig(batch=BatchSettings(batch_norm="per_micro_batch")), name))
@@ -187,7 +192,7 @@ def make_workload(name: str, device: torch.device) -> Workload:
         if name in BUILT:
             workload = BUILT[name]()
         else:
-            workload = of_preset(name) if name in PRESETS else of_config(RECIPES[name]())
+            workload = of_preset(name) if name in PRESETS else of_recipe(RECIPES[name]())
     for tower in workload.towers.values():
         tower.to(device).train()
     return workload

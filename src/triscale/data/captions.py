@@ -32,7 +32,8 @@ class CaptionRules:
 
     fields: tuple[str, ...] = ("txt",)
     """Where captions come from, those that a sample lacks being passed over: "txt" (each line of the `.txt` is a
-    candidate); "json:NAME" (a string, or a list of them, in the `.json`); "cls" (the name of its class)."""
+    candidate); "json:NAME" (a string, or a list of them, in the `.json`); "cls" (the name of its class). None: the text
+    is empty, whatever a sample has."""
     classnames: tuple[str, ...] = ()
     """Names of classes 0, 1, ...; for "cls"."""
     templates: tuple[str, ...] = ()
@@ -61,6 +62,8 @@ def choose_caption(sample: Sample, rules: CaptionRules, rng: np.random.Generator
     Raises:
         BadSample: as `all_captions`; the draw does not matter to it.
     """
+    if not rules.fields:
+        return ""
     candidates = _candidates(sample, rules.fields, rules.classnames)
     field = candidates[int(rng.integers(len(candidates)))]
     caption = field[int(rng.integers(len(field)))]

@@ -19,17 +19,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
-from triscale.data.augment import Augmentation
-from triscale.data.canvases import Canvases
 from triscale.data.captions import CaptionRules, choose_caption, fill_template, sample_id
+from triscale.data.images import ImageRow, ImageRows
 from triscale.data.order import Positions
 from triscale.data.processes import note
 from triscale.data.quarantine import BadRecord
 from triscale.data.samples import BadSample, FetchesAhead, Sample, Source
-from triscale.data.settings import DataSettings
 from triscale.data.tokenizer import Tokenizer
 from triscale.errors import RunError
 from triscale.randomness import generator
@@ -50,9 +48,7 @@ _VIEW = 0
 class Row:
     """What stands at a position, before its image is augmented."""
 
-    canvas: UInt8[np.ndarray, "c c 3"]
-    numbers: np.ndarray
-    """What the augmentation drew."""
+    image: ImageRow
     text: str
     id: int
     """Rows of an equal id are positives of each other; a negative id is unique."""
@@ -64,7 +60,8 @@ class Row:
 class Batch:
     """Rows of a contrastive batch, in the order of their positions."""
 
-    images: UInt8[Tensor, "b 3 s s"]
+    images: Shaped[Tensor, "b ..."]
+    """Uint8 pixels (b, 3, s, s), or features (b, f)."""
     tokens: Int64[Tensor, "b l"]
     ids: Int64[Tensor, " b"]
     """Rows of an equal id are positives of each other; a negative id is unique."""
@@ -81,9 +78,8 @@ class BatchReader:
         sources: as many as `order` has, in its order.
         captions: for each source, what of its samples is their text.
         order: which sample stands at a position.
-        tokenizer: of captions.
-        augmentation: from squares of `settings.canvas` (or `settings.image_size`) pixels to the images of the batch.
-        settings: fit and sizes.
+        tokenizer: of captions; None: there is no text, and rows have no tokens.
+        image_rows: makes what the image lane takes.
         seed: of the run.
     """
 
@@ -92,19 +88,21 @@ class BatchReader:
         sources: Sequence[Source],
         captions: Sequence[CaptionRules],
         order: Positions,
-        tokenizer: Tokenizer,
-        augmentation: Augmentation,
-        settings: DataSettings,
+        tokenizer: Tokenizer | None,
+        image_rows: ImageRows,
         seed: int,
     ) -> None:
         self.sources = tuple(sources)
         self.captions = tuple(captions)
         self.order = order
         self.tokenizer = tokenizer
-        self.augmentation = augmentation
-        self.settings = settings
+        self.image_rows = image_rows
         self.seed = seed
-        self.canvases = Canvases(settings, sum(len(source) for source in self.sources))
+
+    @property
+    def token_length(self) -> int:
+        """Length of a row of tokens."""
+        return 0 if self.tokenizer is None else self.tokenizer.length
 
     def __call__(self, positions: range) -> Batch:
         """The batch of the rows at `positions` (at least one), each of which is noted as it is begun.
@@ -140,18 +138,14 @@ class BatchReader:
                 source.expect(self.order.upcoming(number, positions.start))
         return [self._row(position) for position in positions]
 
-    def images(self, rows: Sequence[Row]) -> UInt8[Tensor, "m 3 s s"]:
-        """The augmented images of `rows` (at least one)."""
-        size = self.canvases.size
-        canvases = np.empty((len(rows), 3, size, size), dtype=np.uint8)
-        for canvas, row in zip(canvases, rows, strict=True):
-            canvas[:] = row.canvas.transpose(2, 0, 1)
-        return self.augmentation.apply(
-            torch.from_numpy(canvases), torch.from_numpy(np.stack([row.numbers for row in rows]))
-        )
+    def images(self, rows: Sequence[Row]) -> Shaped[Tensor, "m ..."]:
+        """What the image lane takes of `rows` (at least one): augmented images, or features."""
+        return self.image_rows.stack([row.image for row in rows])
 
     def tokens(self, rows: Sequence[Row]) -> Int64[Tensor, "m l"]:
         """The token rows of `rows`."""
+        if self.tokenizer is None:
+            return torch.empty((len(rows), 0), dtype=torch.int64)
         return torch.from_numpy(self.tokenizer.encode([row.text for row in rows]))
 
     def _row(self, position: int) -> Row:
@@ -164,7 +158,7 @@ class BatchReader:
             key = f"#{index}"
             note(position * MAX_ATTEMPTS + attempt)
             try:
-                sample = read_sample(source, index, image=(number, index) not in self.canvases)
+                sample = read_sample(source, index, image=(number, index) not in self.image_rows)
                 key = sample.key
                 return self._prepare(sample, (number, index), position, tuple(bad))
             except BadSample as error:
@@ -176,10 +170,8 @@ class BatchReader:
         """The row that `sample` makes at `position`, where those of `bad` stood before it."""
         words = (self.seed, position, _VIEW, len(bad))
         text, id = self.caption(sample, self.captions[place[0]], generator("caption", *words))
-        rng = generator("augment", *words)
-        numbers, crop = self.augmentation.draw(rng), self.augmentation.draw_crop(rng)
-        (canvas,) = self.canvases.squares(sample, place, [crop])
-        return Row(canvas=canvas, numbers=numbers, text=text, id=id, bad=bad)
+        image = self.image_rows.draw(sample, place, generator("augment", *words))
+        return Row(image=image, text=text, id=id, bad=bad)
 
     def caption(self, sample: Sample, rules: CaptionRules, rng: np.random.Generator) -> tuple[str, int]:
         """The text that a draw of `sample` trains on, and its id among positives. Raises BadSample."""
@@ -218,7 +210,7 @@ class StreamedBatch:
         position: of the contrastive batch's first row.
 
     Attributes:
-        images: uint8 (b, 3, s, s), read at each [a:b].
+        images: as `Batch.images`, read at each [a:b].
         tokens: int64 (b, l); rows that were not read before are read once.
         ids: int64 (b,); likewise.
         position: of the contrastive batch's first row.
@@ -233,7 +225,7 @@ class StreamedBatch:
         self.ids = RowView(len(positions), lambda rows: self._known(rows)[1])
         self._reader = reader
         self._positions = positions
-        self._tokens = torch.empty((len(positions), reader.tokenizer.length), dtype=torch.int64)
+        self._tokens = torch.empty((len(positions), reader.token_length), dtype=torch.int64)
         self._ids = torch.empty(len(positions), dtype=torch.int64)
         self._seen = np.zeros(len(positions), dtype=bool)
         self._bad: dict[int, tuple[BadRecord, ...]] = {}
@@ -248,7 +240,7 @@ class StreamedBatch:
         with self._lock:
             return tuple(record for row in sorted(self._bad) for record in self._bad[row])
 
-    def _read(self, wanted: range) -> UInt8[Tensor, "m 3 s s"]:
+    def _read(self, wanted: range) -> Shaped[Tensor, "m ..."]:
         """The images of the rows `wanted`, counted within this rank."""
         with self._lock, self._timed():
             rows = self._reader.rows(self._positions[wanted.start : wanted.stop])

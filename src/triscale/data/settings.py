@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
 from triscale.errors import UsageError
@@ -57,6 +57,13 @@ class AugmentSettings:
     """Probability of a blur of up to one pixel's standard deviation."""
     erase: float = 0.0
     """Probability of covering a rectangle, of sides up to half of the image's, with a random colour."""
+
+
+def is_still(augment: AugmentSettings) -> bool:
+    """Whether nothing of `augment` is on, so that an image is the same each time."""
+    # What these say counts only where another setting is on.
+    idle = {name: getattr(augment, name) for name in ("fill", "crop_aspect") if name in vars(augment)}
+    return augment == replace(AugmentSettings(), **idle)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +124,10 @@ class DataSettings:
     """No two samples of a batch have the same id (see ids): draws that would repeat one are moved to another batch
     nearby, or left out where an id is in too many draws. The ids of all samples are read before training begins."""
     augment: AugmentSettings = field(default_factory=AugmentSettings)
+    cache_features: Literal["auto", "on", "off"] = "auto"
+    """Features of an image tower whose backbone is frozen, computed once and kept in the run folder, four bytes a
+    value. auto: where nothing of `augment` is on and there are more draws than samples; on: likewise, whatever the
+    number of draws, and refused where it cannot be."""
     workers: int = 1
     """Processes that read, decode and augment; 0: the training process does it itself, and whenever a batch is too
     large to be held (see memory.host_gib)."""

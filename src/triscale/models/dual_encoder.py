@@ -20,6 +20,18 @@ TEXT_TOWERS: dict[str, Callable[..., TextTower | HuggingFaceText]] = {
 """What `ModelSettings.text` says, up to a colon, to what builds the text tower."""
 
 
+class ImageEncoder(nn.Module):
+    """An image tower alone, as it is trained on labels. Its state dict is that of the tower under `image.`."""
+
+    def __init__(self, image: ImageTower) -> None:
+        super().__init__()
+        self.image = image
+
+    def towers(self) -> dict[str, nn.Module]:
+        """The lane of `ContrastiveStep`."""
+        return {"image": self.image}
+
+
 class DualEncoder(nn.Module):
     """The image and the text tower, (m, 3, s, s) -> (m, d) and (m, l) -> (m, d), as one module.
 
@@ -54,16 +66,27 @@ def build_dual_encoder(settings: ModelSettings, *, image_size: int, vocabulary: 
     Raises:
         UsageError: settings that describe no model, in one line.
     """
-    for name, size in {"--model.embedding": settings.embedding, "image size": image_size, "tokens": tokens}.items():
-        if size < 1:
-            raise UsageError(f"{name} is {size}; it must be at least 1")
-    for name, probability in {"dropout": settings.dropout, "drop-path": settings.drop_path}.items():
-        if not 0 <= probability < 1:
-            raise UsageError(f"--model.{name} is {probability}; it must be at least 0 and below 1")
     scheme = settings.text.partition(":")[0]
     if scheme not in TEXT_TOWERS:
         near = difflib.get_close_matches(scheme, TEXT_TOWERS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it is transformer or {SCHEME}:NAME"
         raise UsageError(f"--model.text {settings.text!r} is no text tower: {hint}")
-    image = build_image_tower(settings, image_size)
+    if tokens < 1:
+        raise UsageError(f"tokens is {tokens}; it must be at least 1")
+    image = build_image_encoder(settings, image_size=image_size).image
     return DualEncoder(image, TEXT_TOWERS[scheme](settings, vocabulary=vocabulary, tokens=tokens))
+
+
+def build_image_encoder(settings: ModelSettings, *, image_size: int) -> ImageEncoder:
+    """The image tower that `settings` describe, with the weights that `build_dual_encoder` would have given it.
+
+    Raises:
+        UsageError: settings that describe no model, in one line.
+    """
+    for name, size in {"--model.embedding": settings.embedding, "image size": image_size}.items():
+        if size < 1:
+            raise UsageError(f"{name} is {size}; it must be at least 1")
+    for name, probability in {"dropout": settings.dropout, "drop-path": settings.drop_path}.items():
+        if not 0 <= probability < 1:
+            raise UsageError(f"--model.{name} is {probability}; it must be at least 0 and below 1")
+    return ImageEncoder(build_image_tower(settings, image_size))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from triscale.config import RunConfig
-from triscale.recipes import clipart, emoji, scenes
+from triscale.config import Phases, RunConfig
+from triscale.recipes import basic, clipart, emoji, scenes
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {
+RECIPES: dict[str, Callable[[], RunConfig | Phases]] = {
     "scenes": scenes.config,
     "emoji": emoji.config,
+    "emoji-phases": emoji.phases,
     "clipart": clipart.config,
+    "basic-s": basic.small,
+    "basic-m": basic.medium,
+    "basic-l": basic.large,
 }
 """Name to recipe, as `triscale train NAME` takes it."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from triscale.config import RunConfig
+from dataclasses import replace
+
+from triscale.config import Phases, RunConfig
 from triscale.data.settings import AugmentSettings, DataSettings
 from triscale.models.settings import ModelSettings
-from triscale.training.settings import BatchSettings, OptimSettings, TrainSettings
+from triscale.training.settings import BatchSettings, LossSettings, OptimSettings, TrainSettings
 
 
 def config() -> RunConfig:
@@ -65,3 +67,35 @@ def config() -> RunConfig:
         optim=OptimSettings(learning_rate=1.5e-3, weight_decay=0.2, warmup_steps=200),
         train=TrainSettings(steps=1900, precision="bfloat16", checkpoint_every_steps=500),
     )
+
+
+def phases() -> Phases:
+    """The recipe emoji in BASIC's three phases: labels first, then text beside a frozen image tower, then both.
+
+        triscale train emoji-phases --data.root DIR
+
+    Data, towers and hardware (CPU) are those of emoji. The image tower takes the same compute as there, a forward pass
+    being one unit and a backward pass two: 1,900 steps of 256 samples, of which phase 2 takes the one pass over the
+    5,068 samples whose features it keeps. benchmarks/phases.py compares them at three seeds; no figures (minutes, %)
+    are stated here until it has been run.
+    """
+    base = config()
+    image = replace(
+        base,
+        loss=LossSettings(name="classification", label_smoothing=0.1),
+        batch=replace(base.batch, micro="128"),
+        train=replace(base.train, steps=1400),
+    )
+    text = replace(
+        base,
+        data=replace(base.data, augment=AugmentSettings()),  # so that features of the frozen tower are kept
+        batch=replace(base.batch, size=1024, micro="256"),
+        optim=replace(base.optim, warmup_steps=100),
+        train=replace(base.train, steps=600, frozen=("image.backbone",)),
+    )
+    both = replace(
+        base,
+        optim=replace(base.optim, learning_rate=3e-4, warmup_steps=50),
+        train=replace(base.train, steps=493),
+    )
+    return Phases({"image": image, "text": text, "both": both})

@@ -32,7 +32,8 @@ class RunLog:
     Args:
         folder: the run folder.
         total_steps: of the whole run.
-        batch_size: B; the loss is shown beside ln B, that of a model which tells nothing apart.
+        chance: what the model has to choose among, "B" or "classes", and how many: the loss is shown beside its
+            logarithm, that of a model which tells nothing apart.
         log_every_steps: steps between plain lines.
         console: where to show progress; by default stderr, so that stdout is left to results.
     """
@@ -42,13 +43,13 @@ class RunLog:
         folder: Path,
         *,
         total_steps: int,
-        batch_size: int,
+        chance: tuple[str, int],
         log_every_steps: int = 10,
         console: Console | None = None,
     ) -> None:
         self.path = folder / METRICS
         self._total_steps, self._log_every_steps = total_steps, max(log_every_steps, 1)
-        self._chance_loss = math.log(batch_size)
+        self._chance = f"ln {chance[0]} {math.log(chance[1]):.3f}"
         self._console = console or Console(stderr=True, highlight=False)
         self._main = distributed.rank() == 0
         self._began = time.monotonic()
@@ -90,7 +91,7 @@ class RunLog:
         self._look_for_starvation(metrics)
         if self._first_step is None:
             self._first_step = step - 1
-        summary = _summary(metrics, self._chance_loss, self._seconds_left(step, self._first_step))
+        summary = _summary(metrics, self._chance, self._seconds_left(step, self._first_step))
         if self._console.is_terminal:
             self._show_progress(step, summary)
         elif step % self._log_every_steps == 0 or step in (self._first_step + 1, self._total_steps):
@@ -188,9 +189,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def _summary(metrics: Mapping[str, Any], chance_loss: float, seconds_left: float) -> str:
+def _summary(metrics: Mapping[str, Any], chance: str, seconds_left: float) -> str:
     """One line: loss against ln B, accuracy, logit scale, speed, data wait, time left, as far as they were measured."""
-    parts = [f"loss {metrics.get('loss', math.nan):.3f} (ln B {chance_loss:.3f})"]
+    parts = [f"loss {metrics.get('loss', math.nan):.3f} ({chance})"]
     if "accuracy" in metrics:
         parts.append(f"accuracy {metrics['accuracy']:.1%}")
     if "logit_scale" in metrics:

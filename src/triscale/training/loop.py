@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -75,6 +75,7 @@ class StopFlag:
 def train(
     *,
     step: Callable[..., StepOutput],
+    lanes: Sequence[str],
     optimizer: torch.optim.Optimizer,
     schedule: Callable[[int], float],
     batches: Iterator[Batch | StreamedBatch],
@@ -98,6 +99,7 @@ def train(
 
     Args:
         step: the `ContrastiveStep`; every `.grad` is None. Where it raises, towers and loss must be as they were.
+        lanes: of the step, "image" and "text" or one of them.
         optimizer: over all trainable parameters, in `optim.parameter_groups`.
         schedule: steps done -> learning rate of the next one.
         batches: this rank's rows of the batches from position start_step * batch_size on.
@@ -122,7 +124,7 @@ def train(
     for number in range(start_step + 1, total_steps + 1):
         began = time.perf_counter()
         try:
-            out, bad, waited = _next_step(step, batches, device)
+            out, bad, waited = _next_step(step, lanes, batches, device)
         except LostProcess:
             raise
         except RunError:
@@ -154,13 +156,17 @@ def train(
 
 
 def _next_step(
-    step: Callable[..., StepOutput], batches: Iterator[Batch | StreamedBatch], device: torch.device
+    step: Callable[..., StepOutput],
+    lanes: Sequence[str],
+    batches: Iterator[Batch | StreamedBatch],
+    device: torch.device,
 ) -> tuple[StepOutput, list[BadRecord], float]:
     """What the step made of the next batch, the bad samples of all ranks, and the seconds that data was waited for."""
     began = time.perf_counter()
     batch = _next_batch(batches, device)
     waited = time.perf_counter() - began
-    out = step({"image": batch.images, "text": batch.tokens}, ids=batch.ids)
+    columns = {"image": batch.images, "text": batch.tokens}
+    out = step({lane: columns[lane] for lane in lanes}, ids=batch.ids)
     # A streamed batch was read within the step, and knows its bad samples only now.
     if isinstance(batch, StreamedBatch):
         waited += batch.seconds_waited

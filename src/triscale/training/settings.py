@@ -48,10 +48,13 @@ class MemorySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """The contrastive loss and its temperature."""
+    """The loss and its temperature."""
 
-    name: Literal["info_nce", "sigmoid"] = "info_nce"
-    """The softmax loss of CLIP and BASIC, or SigLIP's sigmoid loss, whose bias is learned, too."""
+    name: Literal["info_nce", "sigmoid", "classification"] = "info_nce"
+    """The softmax loss of CLIP and BASIC; SigLIP's sigmoid loss, whose bias is learned, too; or a classifier of labels
+    on the image tower alone, which has no temperature and no text (it needs data.ids label)."""
+    label_smoothing: float = 0.0
+    """Of classification: share of the target that is spread over all classes."""
     tiled: bool = True
     """Compute the loss in tiles, in O(B*d) memory; otherwise the dense formula."""
     logit_scale: float = 14.2857
@@ -113,6 +116,13 @@ class TrainSettings:
 
     steps: int = 1000
     """Optimizer steps in all."""
+    init: str = ""
+    """A run folder, or that of a phase, whose newest checkpoint gives the weights that training begins with, those of
+    the moving average where it has one. What it lacks begins with fresh ones. A phase begins with those of the phase
+    before it unless this names others."""
+    frozen: tuple[str, ...] = ()
+    """Parts of the towers that are not trained: "image", "image.backbone" (all of it but the projection), "text",
+    "text.blocks.0" and so on. They are in evaluation mode throughout."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto: cuda, else mps, else cpu."""
     precision: Literal["float32", "bfloat16"] = "float32"

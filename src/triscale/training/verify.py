@@ -88,15 +88,13 @@ def verify(
 ) -> dict[str, float]:
     """The largest error of each parameter's gradient, by the design's measure, over keep = 0, 1 and all.
 
-    Works on copies in `dtype`, on the CPU; towers in training mode, so dropout, stochastic depth and BatchNorm count.
+    Works on copies in `dtype`, on the CPU; towers in the modes that they are in.
 
     Args:
         towers, loss, inputs, ids: as a step takes them; the loss's dense form is the yardstick.
         prepare: what is done to the step's towers and not to those that it is held against, such as rematerialisation.
     """
-    plain, towers = (
-        {lane: copy.deepcopy(tower).cpu().to(dtype).train() for lane, tower in towers.items()} for _ in range(2)
-    )
+    plain, towers = ({lane: copy.deepcopy(tower).cpu().to(dtype) for lane, tower in towers.items()} for _ in range(2))
     prepare(towers)
     loss = copy.deepcopy(loss).cpu().to(dtype)
     direct = direct_gradients(plain, loss, inputs, ids, micro_batch, seed)

@@ -1,0 +1,79 @@
+"""What the image lane takes of a row: pixels, or whatever else a sample's image was made into beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Shaped, UInt8
+from torch import Tensor
+
+from triscale.data.augment import Augmentation
+from triscale.data.canvases import Canvases
+from triscale.data.samples import Sample
+from triscale.data.settings import DataSettings
+
+
+class ImageRow(NamedTuple):
+    """One row of the image lane, before it is stacked with others."""
+
+    values: np.ndarray
+    """A square of pixels (c, c, 3), or a row of features (f,)."""
+    numbers: np.ndarray
+    """What the augmentation drew."""
+
+
+@runtime_checkable
+class ImageRows(Protocol):
+    """Makes the image lane's rows from samples. May be pickled to worker processes."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row in a batch."""
+        ...
+
+    def __contains__(self, place: tuple[int, int]) -> bool:
+        """Whether the image of that (source, sample) need not be read."""
+        ...
+
+    def draw(self, sample: Sample, place: tuple[int, int], rng: np.random.Generator) -> ImageRow:
+        """The row of a sample at `place`, which has its image unless `place` is contained. Raises BadSample."""
+        ...
+
+    def stack(self, rows: Sequence[ImageRow]) -> Shaped[Tensor, "m ..."]:
+        """The lane's input of rows (at least one)."""
+        ...
+
+
+class Pixels:
+    """Augmented images as `settings` say.
+
+    Args:
+        settings: fit, sizes, augmentation.
+        samples: of all sources.
+    """
+
+    def __init__(self, settings: DataSettings, samples: int) -> None:
+        self.augmentation = Augmentation(settings.augment, settings.image_size)
+        self.canvases = Canvases(settings, samples)
+        self.row_bytes = 3 * settings.image_size**2
+
+    def __contains__(self, place: tuple[int, int]) -> bool:
+        return place in self.canvases
+
+    def draw(self, sample: Sample, place: tuple[int, int], rng: np.random.Generator) -> ImageRow:
+        """The square that augmentation starts from, and what it is to do."""
+        numbers, crop = self.augmentation.draw(rng), self.augmentation.draw_crop(rng)
+        (square,) = self.canvases.squares(sample, place, [crop])
+        return ImageRow(square, numbers)
+
+    def stack(self, rows: Sequence[ImageRow]) -> UInt8[Tensor, "m 3 s s"]:
+        """The augmented images."""
+        size = self.canvases.size
+        canvases = np.empty((len(rows), 3, size, size), dtype=np.uint8)
+        for canvas, row in zip(canvases, rows, strict=True):
+            canvas[:] = row.values.transpose(2, 0, 1)
+        numbers = torch.from_numpy(np.stack([row.numbers for row in rows]))
+        return self.augmentation.apply(torch.from_numpy(canvases), numbers)

@@ -1,0 +1,156 @@
+"""A run's towers, loss and step from its config: built, frozen, prepared, compiled, sharded, in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from triscale import distributed
+from triscale.config import RunConfig, lanes
+from triscale.errors import UsageError
+from triscale.losses import PAIR_LOSSES
+from triscale.losses.classification import SoftmaxClassifier
+from triscale.losses.contrastive import ContrastiveLoss
+from triscale.models.dual_encoder import DualEncoder, ImageEncoder, build_dual_encoder, build_image_encoder
+from triscale.randomness import derive_seed
+from triscale.training import parallel
+from triscale.training.batch_norm import synchronise_batch_norm
+from triscale.training.compilation import compile_tower
+from triscale.training.frozen import freeze
+from triscale.training.lane import seeded
+from triscale.training.memory import GIB
+from triscale.training.plan import LanePlan
+from triscale.training.remat import blocks_of, rematerialise
+from triscale.training.settings import parse_compile, parse_per_lane, parse_remat
+from triscale.training.step import ContrastiveStep
+
+Model = DualEncoder | ImageEncoder
+"""Towers by lane: of pairs, or of images alone."""
+Loss = ContrastiveLoss | SoftmaxClassifier
+
+
+def check_model(config: RunConfig) -> None:
+    """Raise UsageError for towers that cannot be built or frozen, before any data is read; costs no memory."""
+    with torch.device("meta"):
+        freeze(_build(config, vocabulary=4).towers(), config.train.frozen)
+
+
+def _build(config: RunConfig, vocabulary: int) -> Model:
+    size = config.data.image_size
+    if "text" not in lanes(config):
+        return build_image_encoder(config.model, image_size=size)
+    return build_dual_encoder(config.model, image_size=size, vocabulary=vocabulary, tokens=config.data.tokens)
+
+
+def make_model(config: RunConfig, vocabulary: int, classes: Tensor | None = None) -> tuple[Model, Loss]:
+    """Towers and loss with the initial weights that the seed gives, on the CPU; what is frozen is so.
+
+    Args:
+        vocabulary: number of token ids, where there is text.
+        classes: ids of the classes, for classification.
+    """
+    with seeded(derive_seed("weights", config.seed), torch.device("cpu")):
+        model = _build(config, vocabulary)
+    freeze(model.towers(), config.train.frozen)
+    settings = config.loss
+    if settings.name == "classification":
+        assert classes is not None
+        return model, SoftmaxClassifier(config.model.embedding, classes, label_smoothing=settings.label_smoothing)
+    loss = PAIR_LOSSES[settings.name](
+        config.batch.size,
+        tiled=settings.tiled,
+        logit_scale=settings.logit_scale,
+        max_logit_scale=settings.max_logit_scale,
+        exchange=settings.exchange,
+        products=settings.products,
+        skip_negligible=settings.skip_negligible,
+    )
+    return model, loss
+
+
+def prepare_towers(config: RunConfig, towers: Mapping[str, nn.Module]) -> None:
+    """Make the towers synchronise BatchNorm and rematerialise as the config says. In place, before the first step."""
+    for lane, mode in parse_remat(config.batch.remat, lanes(config)).items():
+        if config.batch.batch_norm == "synchronised":
+            synchronise_batch_norm(towers[lane])
+        rematerialise(towers[lane], mode)
+
+
+def compile_towers(config: RunConfig, towers: Mapping[str, nn.Module]) -> None:
+    """Have the towers compiled as the config says. In place; before or after `prepare_towers`."""
+    for lane, mode in parse_compile(config.batch.compile, lanes(config)).items():
+        compile_tower(towers[lane], mode)
+
+
+def is_sharded(config: RunConfig) -> bool:
+    """Whether this run shards its towers; one process has nobody to share them with."""
+    return config.parallel.shard == "full" and distributed.world_size() > 1
+
+
+def check_sharding(config: RunConfig, device: torch.device) -> None:
+    """Raise UsageError for a sharding that these processes or this device cannot have. Within the process group."""
+    settings, world = config.parallel, distributed.world_size()
+    if settings.replicas > 1 and (world % settings.replicas or world == settings.replicas):
+        raise UsageError(
+            f"--parallel.replicas {settings.replicas} must divide the {world} processes into groups of two or more"
+        )
+    if is_sharded(config) and device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--parallel.shard full is for cuda and cpu, not {device.type}")
+    if settings.offload and device.type != "cuda":
+        raise UsageError("--parallel.offload keeps what a CUDA device does not hold: there is none here")
+
+
+def place_model(config: RunConfig, model: Model, loss: Loss, device: torch.device) -> None:
+    """Make towers rematerialise, be compiled and be sharded as the config says, and move all to the device. In place.
+
+    In this order; the optimizer is made afterwards, and checkpoints are loaded then.
+    """
+    towers, settings = model.towers(), config.parallel
+    prepare_towers(config, towers)
+    compile_towers(config, towers)
+    if not is_sharded(config):
+        model.to(device)
+    else:
+        mesh = distributed.mesh(device.type, settings.replicas, config.train.collective_timeout_seconds)
+        dtype = torch.bfloat16 if settings.parameters == "bfloat16" else None
+        for tower in towers.values():  # from the host, block by block: a card never holds a whole tower
+            parallel.shard(tower, blocks_of(tower), mesh, gathered_dtype=dtype, offload=settings.offload)
+    loss.to(device)
+
+
+def describe_sharding(config: RunConfig) -> str:
+    """What is sharded, for the log; empty where nothing was asked for."""
+    settings, world = config.parallel, distributed.world_size()
+    if settings.shard == "none":
+        return ""
+    if world == 1:
+        return "; one process, nothing to shard"
+    groups = f" in {settings.replicas} groups" if settings.replicas > 1 else ""
+    return f"; towers sharded over {world} processes{groups}" + ", shards on the host" * settings.offload
+
+
+def make_step(
+    config: RunConfig, model: Model, loss: Loss, plans: Mapping[str, LanePlan] | None = None
+) -> ContrastiveStep:
+    """The exact step as the config, or a run's earlier resolution of "auto", has it, of towers in their place."""
+    step = ContrastiveStep(
+        model.towers(),
+        loss,
+        micro_batch=parse_per_lane("--batch.micro", config.batch.micro, lanes(config), smallest=1),
+        keep=parse_per_lane("--batch.keep", config.batch.keep, lanes(config), smallest=0),
+        seed=config.seed,
+        batch_norm=step_batch_norm(config),
+        autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
+        budget_bytes=int(config.memory.budget_gib * GIB) or None,
+        reduce=config.parallel.reduce,
+    )
+    step.plans.update(plans or {})
+    return step
+
+
+def step_batch_norm(config: RunConfig) -> Literal["refuse", "per_micro_batch"]:
+    """What the step is to make of towers with BatchNorm; that of synchronised ones is per micro-batch as well."""
+    return "refuse" if config.batch.batch_norm == "refuse" else "per_micro_batch"

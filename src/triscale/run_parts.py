@@ -1,0 +1,244 @@
+"""A run put together from its config: checked, built, given its weights, put where it is trained."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from triscale.assembly import (
+    check_tokenizer,
+    class_ids,
+    device_of,
+    make_average,
+    make_encoder,
+    make_ids,
+    make_reader,
+    make_tokenizer,
+    open_training_data,
+)
+from triscale.config import RunConfig, lanes
+from triscale.data.mixture import Mixture
+from triscale.data.rows import BatchReader
+from triscale.errors import UsageError
+from triscale.evaluation.datasets import EvaluationSet, open_sets
+from triscale.evaluation.encoder import Encoder
+from triscale.evaluation.suite import check_shifts
+from triscale.feature_cache import is_cached, open_features
+from triscale.losses.classification import SoftmaxClassifier
+from triscale.losses.contrastive import ContrastiveLoss
+from triscale.model_assembly import Loss, Model, check_model, is_sharded, make_model, place_model
+from triscale.models.dual_encoder import DualEncoder
+from triscale.run_folder import Files, newest_checkpoint, read_init, saved_tokenizer
+from triscale.training import checkpoint
+from triscale.training.ema import WeightAverage
+from triscale.training.host_memory import reuse_large_buffers
+from triscale.training.initial import take_weights
+from triscale.validation import validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A run of which everything has been looked at that one process can refuse by itself."""
+
+    config: RunConfig
+    mixture: Mixture
+    sets: Sequence[EvaluationSet]
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run put together: what its stages work on."""
+
+    config: RunConfig
+    recipe: str
+    files: Files
+    mixture: Mixture
+    tokenizer: bytes | None
+    reader: BatchReader
+    model: Model
+    loss: Loss
+    sets: Sequence[EvaluationSet]
+    device: torch.device
+    console: Console
+    init: str
+    """The checkpoint that it began with; "": fresh weights."""
+    notes: tuple[str, ...]
+    """Lines for its log about how it begins."""
+    average: WeightAverage | None = None
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All that is trained and checkpointed, by name."""
+        return {**self.model.towers(), "loss": self.loss}
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids; 0 without text."""
+        return 0 if self.reader.tokenizer is None else self.reader.tokenizer.vocabulary_size
+
+    @property
+    def encoder(self) -> Encoder:
+        """The model of pairs as evaluation sees it."""
+        assert isinstance(self.model, DualEncoder) and self.reader.tokenizer is not None
+        return make_encoder(self.config, self.model, self.reader.tokenizer, self.device)
+
+    @property
+    def logit_scale(self) -> float:
+        """The learned factor on cosines of a model of pairs."""
+        assert isinstance(self.loss, ContrastiveLoss)
+        return math.exp(float(self.loss.logit_scale.detach()))
+
+    @property
+    def chance(self) -> tuple[str, int]:
+        """What a row's loss chooses among, and how many there are."""
+        if isinstance(self.loss, SoftmaxClassifier):
+            return "classes", len(self.loss.classes)
+        return "B", self.config.batch.size
+
+    def say(self, line: str) -> None:
+        """Show a line on the console of the first process."""
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def after_step(self) -> None:
+        """What follows an optimizer step."""
+        self.loss.clamp_()
+        if self.average:
+            self.average.update()
+
+
+def check(config: RunConfig) -> Checked:
+    """Open a run's data and look at its settings and towers, before any process group or run folder.
+
+    Raises:
+        UsageError: what was asked for cannot be.
+    """
+    validate(config)
+    device = device_of(config.train.device)
+    if device.type == "cpu":
+        reuse_large_buffers()
+    check_model(config)
+    mixture = open_training_data(config)
+    sets = open_sets(config.data.eval, config.data.root) if "text" in lanes(config) else []
+    if sets:
+        check_shifts(sets, config.data.shifts)
+    return Checked(config=config, mixture=mixture, sets=sets, device=device)
+
+
+def set_up(
+    checked: Checked, recipe: str, files: Files, begin_from: Path | None
+) -> tuple[Run, checkpoint.Checkpoint | None]:
+    """The run with the weights that it has or begins with, on the host, and its newest checkpoint. A collective.
+
+    Args:
+        begin_from: a run folder whose weights a new run begins with, unless --train.init names another.
+
+    Raises:
+        UsageError: these weights do not fit, or are not those that the run was begun with.
+    """
+    config, mixture, device = checked.config, checked.mixture, checked.device
+    console = make_console()
+    done = checkpoint.latest(files.folder, report=lambda line: console.print(line, markup=False))
+    checkpoint.require_same(done, device)
+    source = _source(config, files, begin_from, console) if done is None else None
+    tokenizer = make_tokenizer(
+        config, mixture, saved_tokenizer(files.folder), source and saved_tokenizer(_run_of(source))
+    )
+    classifies = config.loss.name == "classification"
+    ids = make_ids(mixture, files.folder / "ids", device) if config.data.distinct_ids or classifies else None
+    reader = make_reader(config, mixture, tokenizer, ids if config.data.distinct_ids else None)
+    vocabulary = 0 if reader.tokenizer is None else reader.tokenizer.vocabulary_size
+    model, loss = make_model(config, vocabulary, class_ids(ids) if classifies and ids else None)
+    if isinstance(model, DualEncoder) and reader.tokenizer is not None:
+        check_tokenizer(model, reader.tokenizer)
+    notes = _load(model, loss, done, source) if done or source else []
+    if config.data.eval and not checked.sets:
+        notes.append("evaluation sets are not scored: there is no text tower")
+    run = Run(
+        config=config,
+        recipe=recipe,
+        files=files,
+        mixture=mixture,
+        tokenizer=tokenizer,
+        reader=reader,
+        model=model,
+        loss=loss,
+        sets=checked.sets,
+        device=device,
+        console=console,
+        init=_name(source) if source else (done and read_init(files)) or "",
+        notes=(*notes, *([f"frozen: {', '.join(config.train.frozen)}"] if config.train.frozen else [])),
+    )
+    return run, done
+
+
+def make_console() -> Console:
+    """Where a run's lines go; silent on all processes but the first."""
+    return Console(stderr=True, highlight=False, quiet=int(os.environ.get("RANK", "0")) > 0)
+
+
+def _source(config: RunConfig, files: Files, begin_from: Path | None, console: Console) -> checkpoint.Checkpoint | None:
+    """The checkpoint that a new run begins with, the same as when it was begun; None: fresh weights."""
+    folder = Path(config.train.init) if config.train.init else begin_from
+    if folder is None:
+        return None
+    found = newest_checkpoint(folder, lambda line: console.print(line, markup=False))
+    begun = read_init(files)
+    if begun is not None and begun != _name(found):
+        raise UsageError(
+            f"{str(files.folder)!r} was begun with the weights of {begun}, but {str(folder)!r} has come to"
+            f" {_name(found)}: use another --run.dir"
+        )
+    return found
+
+
+def _name(source: checkpoint.Checkpoint) -> str:
+    """A checkpoint's name with its run's, wherever that lies."""
+    return f"{_run_of(source).resolve().name}/{source.path.name}"
+
+
+def _run_of(source: checkpoint.Checkpoint) -> Path:
+    return source.path.parents[1]
+
+
+def _load(
+    model: Model, loss: Loss, done: checkpoint.Checkpoint | None, source: checkpoint.Checkpoint | None
+) -> list[str]:
+    """Load the run's own checkpoint into model and loss, or the one that it begins with; lines about it."""
+    if done is not None:
+        checkpoint.load_into({**model.towers(), "loss": loss}, done.model())
+        return []
+    assert source is not None
+    fresh = take_weights(model.towers(), loss, source.average() or source.model())
+    return [f"begins with the weights of {_name(source)}", *fresh]
+
+
+def with_features(run: Run) -> tuple[Run, int]:
+    """The run reading the features of a frozen image tower in place of images, where it can; a signal, or 0."""
+    if not is_cached(run.config, run.mixture, run.model.image):
+        return run, 0
+    image = run.model.image.to(run.device)
+    features, signal = open_features(run.config, run.mixture, image, run.files.folder / "features", run.device, run.say)
+    if is_sharded(run.config):
+        image.to("cpu")  # from where it is sharded
+    reader = copy.copy(run.reader)
+    reader.image_rows = features
+    note = "the image lane takes features of the frozen backbone, computed once"
+    return replace(run, reader=reader, notes=(*run.notes, note)), signal
+
+
+def place(run: Run, done: checkpoint.Checkpoint | None) -> Run:
+    """The run on its device, with the average of the weights, where it keeps one."""
+    place_model(run.config, run.model, run.loss, run.device)
+    average = make_average(run.config, run.modules)
+    if average and done is not None:
+        average.load(done.average() or {})
+    return replace(run, average=average)

@@ -1,0 +1,139 @@
+"""Values that cannot work, refused in one line before any data or device is touched. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from triscale.config import RunConfig, flatten, lanes, to_dict
+from triscale.data.settings import DataSettings, train_sources
+from triscale.errors import UsageError
+from triscale.training.settings import (
+    BatchSettings,
+    ParallelSettings,
+    parse_compile,
+    parse_per_lane,
+    parse_remat,
+)
+
+
+def validate(config: RunConfig) -> None:
+    """Raise UsageError for values that cannot work, before any data or device is touched."""
+    at_least = {
+        "batch.size": 1,
+        "train.steps": 1,
+        "train.keep_checkpoints": 1,
+        "train.checkpoint_every_steps": 0,
+        "train.eval_every_steps": 0,
+        "train.log_every_steps": 1,
+        "data.workers": 0,
+        "data.window_shards": 0,
+        "data.cache_gib": 0,
+        "data.stall_seconds": 0,
+        "data.image_size": 1,
+        "data.canvas": 0,
+        "data.tokens": 2,
+        "data.vocabulary": 1,
+        "model.embedding": 1,
+        "model.text_width": 1,
+        "model.text_layers": 1,
+        "model.text_heads": 1,
+        "memory.budget_gib": 0,
+        "memory.host_gib": 0,
+        "parallel.replicas": 1,
+        "train.collective_timeout_seconds": 1,
+        "optim.learning_rate": 0,
+        "optim.weight_decay": 0,
+        "optim.epsilon": 0,
+        "optim.warmup_steps": 0,
+        "optim.cooldown_steps": 0,
+        "optim.clip_norm": 0,
+        "loss.max_logit_scale": 0,
+    }
+    values = flatten(to_dict(config))
+    for name, smallest in at_least.items():
+        if values[name] < smallest:
+            raise UsageError(f"--{name.replace('_', '-')} is {values[name]}: it must be at least {smallest}")
+    for name in ("data.max_bad", "data.caption_part_dropout"):
+        if not 0 <= values[name] <= 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {values[name]}: it must be from 0 to 1")
+    for name in (
+        "model.dropout",
+        "model.drop_path",
+        "loss.label_smoothing",
+        "optim.beta1",
+        "optim.beta2",
+        "optim.momentum",
+        "optim.ema",
+    ):
+        if not 0 <= values[name] < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {values[name]}: it must be at least 0 and below 1")
+    if min(config.model.image_std) <= 0:
+        raise UsageError(f"--model.image-std is {config.model.image_std}: each must be above 0")
+    if not 0 < config.optim.layer_decay <= 1:
+        raise UsageError(f"--optim.layer-decay is {config.optim.layer_decay}: it must be above 0 and at most 1")
+    for name, largest in (("crop_area", 1.0), ("crop_aspect", math.inf)):
+        low, high = values[f"data.augment.{name}"]
+        if not 0 < low <= high <= largest:
+            raise UsageError(
+                f"--data.augment.{name.replace('_', '-')} is {low} {high}: it must be above 0, the smaller number first"
+                + (f", at most {largest:g}" if largest == 1 else "")
+            )
+    if config.loss.logit_scale <= 0:
+        raise UsageError(f"--loss.logit-scale is {config.loss.logit_scale}: it must be above 0")
+    if config.model.text_width % config.model.text_heads:
+        raise UsageError(
+            f"--model.text-heads {config.model.text_heads} must divide --model.text-width {config.model.text_width}"
+        )
+    for template in config.data.caption_templates:
+        if "{c}" not in template:
+            raise UsageError(f"--data.caption-templates: {template!r} has no {{c}}")
+    _validate_ids(config.data)
+    parse_per_lane("--batch.micro", config.batch.micro, lanes(config), smallest=1)
+    parse_per_lane("--batch.keep", config.batch.keep, lanes(config), smallest=0)
+    _check_compilation(config.batch, lanes(config))
+    _check_classification(config)
+    _check_sharding(config)
+
+
+def _check_classification(config: RunConfig) -> None:
+    """Raise UsageError for classification without labels, and for its settings in another loss."""
+    if config.loss.name != "classification":
+        if config.loss.label_smoothing:
+            raise UsageError("--loss.label-smoothing is of --loss.name classification")
+        return
+    without = [source.spec for source in train_sources(config.data) if source.ids != "label"]
+    if without:
+        raise UsageError(f"--loss.name classification needs the labels of {without[0]!r}: add --data.ids label")
+
+
+def _check_compilation(batch: BatchSettings, lanes: Sequence[str]) -> None:
+    """Raise UsageError for a lane that is to be compiled and, besides, to do what compiled code cannot."""
+    remat = parse_remat(batch.remat, lanes)
+    for lane, mode in parse_compile(batch.compile, lanes).items():
+        compiled = f"--batch.compile {mode} of lane '{lane}'"
+        if mode != "none" and remat[lane] == "selective":
+            raise UsageError(f"{compiled} needs --batch.remat block or none there, not selective")
+        if mode != "none" and batch.batch_norm == "synchronised":
+            raise UsageError(f"{compiled} cannot be had with --batch.batch-norm synchronised")
+
+
+def _check_sharding(config: RunConfig) -> None:
+    """Raise UsageError for a way of sharding where nothing is sharded, and for half of bfloat16."""
+    changed = [name for name, value in vars(config.parallel).items() if value != getattr(ParallelSettings(), name)]
+    if config.parallel.shard == "none" and changed:
+        raise UsageError(f"--parallel.{changed[0]} is about sharded towers: add --parallel.shard full")
+    if config.parallel.parameters == "bfloat16" and config.train.precision != "bfloat16":
+        raise UsageError("--parallel.parameters bfloat16 needs --train.precision bfloat16")
+
+
+def _validate_ids(data: DataSettings) -> None:
+    """Raise UsageError for training sources that cannot be, and for batches of distinct ids without fixed ids."""
+    kinds = {source.ids for source in train_sources(data)}
+    if data.distinct_ids and kinds == {"none"}:
+        raise UsageError("--data.distinct-ids needs ids: add --data.ids label, or caption")
+    if data.distinct_ids and "caption" in kinds and data.caption_part_dropout:
+        raise UsageError(
+            "--data.distinct-ids: parts are left out of captions at random, which changes their ids: "
+            "take --data.caption-part-dropout 0, or --data.ids label"
+        )

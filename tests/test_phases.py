@@ -1,0 +1,301 @@
+"""Three phases as a user starts them: labels, text beside a frozen image tower, both; killed in each and resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import triscale
+from phased import STEPS, toy_phases, write_config, write_data
+from torchrun import Torchrun, last_step
+from toy_sets import write_tar
+from triscale.cli import main
+from triscale.config import Phases, RunConfig, read_recipe
+from triscale.errors import UsageError
+from triscale.inference import load
+from triscale.run_folder import evaluation_of, newest_checkpoint
+
+PHASES = ("1-image", "2-text", "3-both")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "scenes")
+
+
+@pytest.fixture(scope="module")
+def config_file(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(toy_phases(root), tmp_path_factory.mktemp("config") / "phases.json")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert train(config_file, folder) == 0
+    return folder
+
+
+def train(config: Path, folder: Path, *options: str) -> int:
+    """In this process."""
+    return main(["train", "--config", str(config), "--run.dir", str(folder), *options])
+
+
+def tensors(phase: Path, name: str = "model", step: int | None = None) -> dict[str, Tensor]:
+    """Of a phase's last step; copies, since load_file maps the file."""
+    step = STEPS[phase.name.partition("-")[2]] if step is None else step
+    found = load_file(phase / f"checkpoints/step_{step:08d}/{name}.safetensors")
+    return {key: tensor.clone() for key, tensor in found.items()}
+
+
+def losses(phase: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (phase / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_run_folder_holds_a_run_folder_a_phase_and_the_last_ones_results(
+    undisturbed: Path, config_file: Path
+) -> None:
+    assert {path.name for path in undisturbed.iterdir()} == {"config.json", "results.json", *PHASES}
+    top, asked = read_recipe(undisturbed / "config.json"), read_recipe(config_file)
+    assert isinstance(top, Phases) and isinstance(asked, Phases) and list(top.of) == list(asked.of)
+    for name, phase in zip(top.of, PHASES, strict=True):
+        assert len(losses(undisturbed / phase)) == STEPS[name]
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert results == json.loads((undisturbed / "3-both/results.json").read_text()) and list(results["sets"]) == ["val"]
+    assert not (undisturbed / "1-image/tokenizer.model").exists(), "a tokenizer was trained for labels"
+    tokenizers = [(undisturbed / phase / "tokenizer.model").read_bytes() for phase in PHASES[1:]]
+    assert tokenizers[0] == tokenizers[1]
+
+
+def test_each_phase_begins_with_what_the_one_before_it_left(undisturbed: Path) -> None:
+    for phase, source in zip(PHASES[1:], PHASES, strict=False):
+        resolved = json.loads((undisturbed / phase / "resolved.json").read_text())
+        assert resolved["init"] == f"{source}/step_{STEPS[source[2:]]:08d}"
+    classes = tensors(undisturbed / "1-image")["loss.classes"]
+    assert losses(undisturbed / "1-image")[0] == pytest.approx(math.log(len(classes)), rel=1e-5)
+
+
+def test_frozen_parts_are_bitwise_those_of_the_phase_before(undisturbed: Path) -> None:
+    """Running statistics of BatchNorm among them; the projection is trained."""
+    before, after = tensors(undisturbed / "1-image"), tensors(undisturbed / "2-text")
+    frozen = [name for name in after if name.startswith("image.backbone.")]
+    assert any("running_mean" in name for name in frozen)
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    assert not torch.equal(before["image.projection.weight"], after["image.projection.weight"])
+    later = tensors(undisturbed / "3-both")
+    assert sum(not torch.equal(after[name], later[name]) for name in frozen) > len(frozen) / 2
+
+
+def test_killed_in_each_phase_and_resumed_it_is_bitwise_the_undisturbed_run(
+    config_file: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "triscale", "train", "--config", str(config_file), "--run.dir", str(folder)]
+    for phase, step, number in zip(PHASES, (5, 3, 2), (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL), strict=True):
+        kill_after(command, folder / phase, step, number)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    assert "image: finished" in done.stderr and "text: finished" in done.stderr
+    for phase in PHASES:
+        assert losses(folder / phase) == losses(undisturbed / phase)
+        for file in (undisturbed / phase / "checkpoints").rglob("*"):
+            if file.is_file():
+                assert file.read_bytes() == (folder / file.relative_to(undisturbed)).read_bytes(), file
+    assert (folder / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
+
+
+def kill_after(command: list[str], folder: Path, step: int, number: signal.Signals) -> None:
+    """Start the run, and send the signal as soon as the phase in `folder` has logged `step`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
+        deadline = time.monotonic() + 240
+        while last_step(folder) < step:
+            assert process.poll() is None and time.monotonic() < deadline, "the run ended before the signal"
+            time.sleep(0.002)
+        process.send_signal(number)
+        assert process.wait(timeout=120) == (143 if number == signal.SIGTERM else -number)
+
+
+def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(
+    config_file: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.safetensors")}
+    assert train(config_file, undisturbed) == 0
+    said = capsys.readouterr()
+    assert said.err.count("finished") == 3 and "val" in said.out
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.safetensors")}
+
+
+def test_other_settings_and_other_phases_are_refused_by_name(
+    config_file: Path, undisturbed: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(config_file, undisturbed, "--text.optim.learning-rate", "0.5") == 2
+    assert "text.optim.learning_rate" in capsys.readouterr().err
+    fewer = toy_phases(root)
+    two = write_config(Phases({name: fewer[name] for name in ("image", "text")}), tmp_path / "two.json")
+    assert train(two, undisturbed) == 2
+    assert "holds the phases image, text, both, not the phases image, text" in capsys.readouterr().err
+    assert train(undisturbed / "2-text/config.json", undisturbed) == 2
+    assert "not one run" in capsys.readouterr().err
+    assert train(config_file, undisturbed / "2-text") == 2
+    assert "holds one run, not the phases" in capsys.readouterr().err
+
+
+def test_loading_takes_the_last_phase_that_trained_both_towers(undisturbed: Path, tmp_path: Path) -> None:
+    average = tensors(undisturbed / "3-both", "average")
+    for name, tensor in load(undisturbed).model.state_dict().items():
+        assert torch.equal(tensor, average[name])
+    folder = shutil.copytree(undisturbed, tmp_path / "run", ignore=shutil.ignore_patterns("3-both"))
+    with pytest.warns(UserWarning, match="not finished: this is its phase 2-text"):
+        model = triscale.load(folder)
+    expected = tensors(undisturbed / "2-text")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.model.state_dict().items())
+    assert evaluation_of(undisturbed)[0] == ("wds_val",)
+    with pytest.raises(UsageError, match="trained on labels, and no text tower"):
+        load(undisturbed / "1-image")
+    assert newest_checkpoint(folder, print).path.parents[1].name == "2-text"
+
+
+def test_options_of_one_phase_reach_it_alone_and_a_phase_may_begin_elsewhere(
+    config_file: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    options = ["--image.train.steps", "2", "--text.train.init", str(undisturbed / "1-image"), "--both.train.steps", "2"]
+    assert train(config_file, folder, *options, "--text.train.steps=1") == 0
+    assert [len(losses(folder / phase)) for phase in PHASES] == [2, 1, 2]
+    mine, other = tensors(folder / "2-text", step=1), tensors(undisturbed / "1-image")
+    assert all(torch.equal(mine[name], other[name]) for name in mine if name.startswith("image.backbone."))
+    assert "begins with the weights of 1-image/step_00000012" in capsys.readouterr().err
+
+
+def test_features_of_the_frozen_tower_leave_the_losses_as_they_are(
+    config_file: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Dropout on the features is the same; without them the frozen part is unchanged, too."""
+    config = read_recipe(undisturbed / "2-text/config.json")
+    assert isinstance(config, RunConfig) and list((undisturbed / "2-text/features").glob("*/*.npy"))
+    one = tmp_path / "one.json"
+    shutil.copy(undisturbed / "2-text/config.json", one)
+    options = ["--train.init", str(undisturbed / "1-image"), "--data.cache-features", "off"]
+    assert train(one, tmp_path / "run", *options) == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(undisturbed / "2-text"), rel=1e-6)
+    before, after = tensors(undisturbed / "1-image"), tensors(tmp_path / "run", step=STEPS["text"])
+    assert all(torch.equal(before[name], after[name]) for name in after if name.startswith("image.backbone."))
+
+
+def test_a_run_that_began_with_weights_that_have_changed_since_is_refused(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a checkpoint of its own it would become another run."""
+    source = shutil.copytree(undisturbed / "1-image", tmp_path / "1-image")
+    one, folder = tmp_path / "one.json", tmp_path / "run"
+    shutil.copy(undisturbed / "2-text/config.json", one)
+    options = ["--train.init", str(source), "--train.steps", "2"]
+    assert train(one, folder, *options) == 0
+    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(source / "checkpoints" / f"step_{STEPS['image']:08d}")
+    assert train(one, folder, *options) == 2
+    assert "was begun with the weights of 1-image/step_00000012" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_train_each_phase_as_one_does(root: Path, tmp_path: Path, sharded: bool) -> None:
+    """Without randomness, and with towers whose outputs do not depend on the micro-batch, W changes only rounding."""
+
+    def quiet(config: RunConfig) -> RunConfig:
+        options = '{"channels": [8, 8, 16, 16], "stem_width": 8, "norm_layer": "groupnorm1"}'
+        model = replace(config.model, dropout=0.0, drop_path=0.0, image_options=options)
+        return replace(config, model=model, train=replace(config.train, steps=3, checkpoint_every_steps=0))
+
+    file = write_config(toy_phases(root).changed(quiet), tmp_path / "two.json")
+    assert train(file, tmp_path / "one") == 0
+    two = Torchrun(tmp_path / "two", file, *(["--parallel.shard", "full"] if sharded else []))
+    assert two.end() == 0, two.said(0)
+    for phase in PHASES:
+        assert losses(tmp_path / "two" / phase) == pytest.approx(losses(tmp_path / "one" / phase), rel=1e-5)
+
+
+def test_labels_need_no_captions_and_images_of_no_class_count_not(tmp_path: Path, root: Path) -> None:
+    """Shards with classes alone; one sample lacks its class, and is replaced and listed."""
+    files: dict[str, bytes] = {}
+    for shard in sorted((root / "train").glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar.getmembers():
+                content = tar.extractfile(member)
+                if content is not None and not member.name.endswith((".txt", ".json")):
+                    files[member.name] = content.read()
+    label = next(name for name in files if name.endswith(".cls"))
+    del files[label]
+    write_tar(tmp_path / "labelled/0.tar", files)
+    phases = toy_phases(root)
+    labels = replace(
+        phases["image"],
+        data=replace(phases["image"].data, root=str(tmp_path), train=("labelled/*.tar",), max_bad=0.5),
+    )
+    file = write_config(Phases({"image": labels}), tmp_path / "labels.json")
+    assert train(file, tmp_path / "run", "--train.steps", "4") == 0
+    listed = (tmp_path / "run/1-image/quarantine.jsonl").read_text()
+    assert "label-missing" in listed and "caption" not in listed
+
+
+def test_verify_takes_one_phase(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--config", str(config_file)]) == 2
+    assert "image, text, both: say which with --phase NAME" in " ".join(capsys.readouterr().err.split())
+    for phase in ("image", "text"):
+        assert main(["verify", "--config", str(config_file), "--phase", phase]) == 0
+        shown = capsys.readouterr().out
+        assert "backbone" not in shown or phase == "image"
+
+
+def test_a_mistake_in_a_later_phase_is_said_before_the_first_begins(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    for option, value, words in (
+        ("--both.data.train", "nowhere/*.tar", "phase both:"),
+        ("--text.train.frozen", "image.backbon", "phase text: --train.frozen"),
+        ("--text.batch.micro", "image=8", "phase text: --batch.micro"),
+        ("--image.batch.micro", "image=8,text=8", "phase image: --batch.micro"),
+        ("--image.data.ids", "none", "phase image: --loss.name classification"),
+        ("--both.batch.size", "4000", "phase both: 40 training samples"),
+    ):
+        assert train(config_file, folder, option, value) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+        assert not folder.exists()
+
+
+def test_an_initial_run_that_does_not_fit_or_is_none_is_refused_in_a_line(
+    config_file: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = tmp_path / "one.json"
+    shutil.copy(undisturbed / "3-both/config.json", one)
+    source, empty = str(undisturbed), tmp_path / "empty"
+    empty.mkdir()
+    for options, words in (
+        (["--train.init", source, "--model.embedding", "8"], "(16, 16) in the checkpoint, (8, 16) in the model"),
+        (["--train.init", source, "--data.tokens", "9"], "text."),
+        (["--train.init", str(empty)], "config.json"),
+        (["--train.init", str(tmp_path / "nothing")], "there is no such run folder"),
+    ):
+        assert train(one, tmp_path / words[:4], *options) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert words in said and "Traceback" not in said
+
+
+def test_a_run_killed_as_its_folder_was_made_begins_again(config_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".config.json.temporary").write_text("{")
+    assert train(config_file, folder, "--train.steps", "1") == 0
