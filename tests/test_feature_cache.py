@@ -198,7 +198,7 @@ def compute_on_rank(rank: int, world: int, folder: str) -> int:
 
 def test_ranks_share_the_work_and_make_what_one_makes(tmp_path: Path) -> None:
     ranks.run_ranks(compute_on_rank, 2, str(tmp_path / "two"))
-    compute(tmp_path / "one", make_tower())
+    ranks.run_ranks(compute_on_rank, 1, str(tmp_path / "one"))  # with as many threads
     assert written(tmp_path / "one") == written(tmp_path / "two")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -118,8 +117,7 @@ def test_killed_in_each_phase_and_resumed_it_is_bitwise_the_undisturbed_run(
 
 def kill_after(command: list[str], folder: Path, step: int, number: signal.Signals) -> None:
     """Start the run, and send the signal as soon as the phase in `folder` has logged `step`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 240
         while last_step(folder) < step:
             assert process.poll() is None and time.monotonic() < deadline, "the run ended before the signal"

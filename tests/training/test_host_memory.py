@@ -20,13 +20,16 @@ GLIBC = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
 # Steps that keep 64 MiB of activations, in buffers of 8 MiB.
 STEPS = """
-import json, resource, sys
+import ctypes, json, resource, sys
 import torch
 from torch import nn
 from triscale.losses import InfoNCE
 from triscale.training.host_memory import reuse_large_buffers
 from triscale.training.step import ContrastiveStep
 
+# Huge pages, which the kernel gives as it likes, would come with one fault for 512 pages (linux/prctl.h).
+PR_SET_THP_DISABLE = 41
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 took = reuse_large_buffers() if sys.argv[1] == "reused" else False
 torch.set_num_threads(1)
 torch.manual_seed(0)
