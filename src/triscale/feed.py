@@ -63,11 +63,11 @@ def open_batches(
         log.note(f"images of whole batches are held: {sizes}")
     else:
         log.note(f"images are read again in each pass: those of whole batches would take {sizes}")
-    log.watch_data(partial(_advise, workers, held))
+    log.watch_data(partial(_advise, workers, held, device.type == "cpu"))
     return rows
 
 
-def _advise(workers: int, held: bool, share: float, samples_per_second: float, steps: int) -> str:
+def _advise(workers: int, held: bool, shared: bool, share: float, samples_per_second: float, steps: int) -> str:
     """The line for a run whose towers wait for data, see `verdict`."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return verdict(
@@ -79,6 +79,7 @@ def _advise(workers: int, held: bool, share: float, samples_per_second: float, s
         busy=_busy(),
         processes=distributed.world_size(),
         held=held,
+        shared=shared,
     )
 
 

@@ -60,5 +60,12 @@ def test_advice_fits_the_case(numbers: dict[str, float], expected: str) -> None:
     assert expected in " ".join(verdict(0.6, 100.0, 50, **numbers).split())
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_towers_on_the_same_cores_gain_nothing_from_workers_that_compute(workers: int) -> None:
+    line = verdict(0.3, 1100.0, 50, workers=workers, cores=2, busy=0.9 if workers else None, shared=True)
+    assert "share 2 cores: have less to decode" in line
+    assert f"where reading waits for storage raise --data.workers to {workers + 1}" in line
+
+
 def test_a_step_that_only_waited_has_a_verdict_too() -> None:
     assert "100% of the last 50 steps" in verdict(1.0, 5.0, 50, workers=1, cores=2)

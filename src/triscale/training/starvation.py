@@ -68,6 +68,7 @@ def verdict(
     busy: float | None = None,
     processes: int = 1,
     held: bool = True,
+    shared: bool = False,
 ) -> str:
     """What is the matter with the data and what would help, in one line.
 
@@ -80,6 +81,7 @@ def verdict(
         busy: share of their time that workers compute, 0 to 1; None: not known.
         processes: that train.
         held: whether batches are made ahead; otherwise workers are of no use.
+        shared: whether the towers compute on the same cores, from which a worker takes what it gives.
     """
     possible = samples_per_second / max(1 - share, 0.01)
     needed = math.ceil(max(workers, 1) * possible / samples_per_second)
@@ -91,12 +93,12 @@ def verdict(
         readers = f"1 worker{each} deliver{'' if many else 's'}" if workers == 1 else f"{workers} workers{each} deliver"
     return (
         f"the towers waited for data {share:.0%} of the last {steps} steps: {readers} {samples_per_second:,.0f} "
-        f"samples/s, the towers could take {possible:,.0f}; {_advice(workers, needed, cores, busy, held)}, see "
+        f"samples/s, the towers could take {possible:,.0f}; {_advice(workers, needed, cores, busy, held, shared)}, see "
         "`triscale bench data RECIPE`"
     )
 
 
-def _advice(workers: int, needed: int, cores: int, busy: float | None, held: bool) -> str:
+def _advice(workers: int, needed: int, cores: int, busy: float | None, held: bool, shared: bool) -> str:
     smaller = "have less to decode (`triscale data pack SOURCE DIR --max-side 256`)"
     if not held:
         return f"batches are read in the step, as they do not fit the host: raise --memory.host-gib, or {smaller}"
@@ -105,6 +107,9 @@ def _advice(workers: int, needed: int, cores: int, busy: float | None, held: boo
             f"workers compute for {busy:.0%} of their time, the rest is storage: bring the data nearer, "
             f"or raise --data.workers to {max(needed, workers + 1)} for more reads at once"
         )
+    if shared:
+        here = f"reading and towers share {cores} core{'s' * (cores != 1)}"
+        return f"{here}: {smaller}, or where reading waits for storage raise --data.workers to {workers + 1}"
     if workers < cores:
         more = f"raise --data.workers to {min(max(needed, workers + 1), cores)} ({cores} cores here)"
         return more if needed <= cores else f"{more}, and {smaller}"
