@@ -26,10 +26,10 @@ from torch import Tensor
 from triscale.config import to_dict
 from triscale.data.named_tokenizers import for_hub, is_clip
 from triscale.data.tokenizer import LibraryTokenizer, file_name
-from triscale.errors import RunError, UsageError
+from triscale.errors import RunError, UsageError, first_line
 from triscale.hub import local_folder
 from triscale.inference import build_model
-from triscale.model_files import PREPROCESS, RESOLVED, ModelFiles, first_line, open_model
+from triscale.model_files import PREPROCESS, RESOLVED, ModelFiles, open_model
 from triscale.models import interop_hf, interop_open_clip
 from triscale.models.dual_encoder import DualEncoder
 from triscale.models.interop import BIAS, to_theirs

@@ -24,10 +24,10 @@ from torch import Tensor
 from triscale.data.decode import decode_image
 from triscale.data.samples import BadSample
 from triscale.data.tokenizer import Tokenizer
-from triscale.errors import UsageError
+from triscale.errors import UsageError, first_line
 from triscale.evaluation.encoder import Encoder
 from triscale.hub import local_folder
-from triscale.model_files import ModelFiles, Preprocess, first_line, open_model
+from triscale.model_files import ModelFiles, Preprocess, open_model
 from triscale.models.dual_encoder import DualEncoder, build_dual_encoder
 from triscale.models.prompts import class_embeddings
 from triscale.training import checkpoint

@@ -21,7 +21,7 @@ from triscale.config import from_dict
 from triscale.data.named_tokenizers import clip_tokenizer, hub_tokenizer, open_clip_merges, read_tokenizer
 from triscale.data.settings import Fit
 from triscale.data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, open_tokenizer
-from triscale.errors import UsageError
+from triscale.errors import UsageError, first_line
 from triscale.models import interop_hf, interop_open_clip
 from triscale.models.dual_encoder import build_dual_encoder
 from triscale.models.interop import BIAS, SCALE, ForeignModel, check_fit, to_ours
@@ -239,13 +239,6 @@ def read_preprocess(path: Path) -> Preprocess:
     if not all(map(math.isfinite, preprocess.mean + preprocess.std)) or min(preprocess.std) <= 0:
         raise UsageError(f"{str(path)!r}: mean must be finite and std above 0")
     return preprocess
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in a line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read_object(path: Path, names: Sequence[str]) -> dict[str, Any]:

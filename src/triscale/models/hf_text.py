@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from triscale.errors import UsageError
+from triscale.errors import UsageError, named_line
 from triscale.models.settings import ModelSettings
 from triscale.models.text import PAD, Pooling
 
@@ -182,7 +182,7 @@ def _configuration(settings: ModelSettings) -> Any:
     except UsageError:
         raise
     except Exception as error:  # the library raises whatever it likes
-        raise UsageError(f"--model.text {settings.text}: no configuration: {_one_line(error)}") from error
+        raise UsageError(f"--model.text {settings.text}: no configuration: {named_line(error)}") from error
     if type(config) not in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
         raise UsageError(f"--model.text {settings.text}: a {config.model_type} is no text encoder of transformers")
     found = config.to_dict()
@@ -212,15 +212,10 @@ def _encoder(config: Any, settings: ModelSettings) -> nn.Module:
             **options,
         )
     except Exception as error:  # the library raises whatever it likes, and so do its models' constructors
-        raise UsageError(f"transformers cannot build {settings.text}: {_one_line(error)}") from error
+        raise UsageError(f"transformers cannot build {settings.text}: {named_line(error)}") from error
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise UsageError(
             f"the weights of {settings.text} lack {len(missing)} tensors of the model, such as {missing[0]}"
         )
     return encoder.train()
-
-
-def _one_line(error: Exception) -> str:
-    message = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {message[0][:200]}" if message else type(error).__name__

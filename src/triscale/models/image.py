@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from triscale.errors import UsageError
+from triscale.errors import UsageError, named_line
 from triscale.models import coatnet
 from triscale.models.normalisation import convert_batch_norm
 from triscale.models.settings import MEAN, STD, ModelSettings
@@ -187,7 +187,7 @@ def _create(name: str, options: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, **options)
     except Exception as error:  # the constructors of a thousand models raise whatever they like
-        raise UsageError(f"timm cannot build {name} with {json.dumps(options)}: {_one_line(error)}") from error
+        raise UsageError(f"timm cannot build {name} with {json.dumps(options)}: {named_line(error)}") from error
 
 
 def _feature_width(model: nn.Module, name: str, image_size: int) -> int:
@@ -198,12 +198,7 @@ def _feature_width(model: nn.Module, name: str, image_size: int) -> int:
     except Exception as error:
         made_for = timm.get_pretrained_cfg_value(name, "input_size")
         hint = f" (timm made it for {made_for[-1]})" if made_for else ""
-        raise UsageError(f"{name} cannot embed images of {image_size} pixels{hint}: {_one_line(error)}") from error
+        raise UsageError(f"{name} cannot embed images of {image_size} pixels{hint}: {named_line(error)}") from error
     if not isinstance(features, Tensor) or features.ndim != 2:
         raise UsageError(f"{name} with these options gives no pooled features: leave global_pool as it is")
     return features.shape[1]
-
-
-def _one_line(error: Exception) -> str:
-    message = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from triscale.errors import UsageError
+from triscale.errors import UsageError, first_line
 
 INDEX = ".index.json"
 """Behind the name of weights that lie in several files: what is in which."""
@@ -35,7 +35,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         size = path.stat().st_size
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{str(path)!r} cannot be read as safetensors: {_first_line(error)}") from error
+        raise UsageError(f"{str(path)!r} cannot be read as safetensors: {first_line(error)}") from error
     return _checked(_read_torch(path), size, path)
 
 
@@ -81,7 +81,7 @@ def _read_torch(path: Path) -> object:
         # weights_only: torch's own reader of tensors, which can call nothing else
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UsageError(f"{str(path)!r} cannot be read: {_first_line(error)}") from error
+        raise UsageError(f"{str(path)!r} cannot be read: {first_line(error)}") from error
     except Exception as error:  # a damaged file can raise anything in torch's reader
         raise UsageError(
             f"{str(path)!r} is no file of weights: it holds more than tensors, which only unpickling could read, or it "
@@ -101,9 +101,3 @@ def _checked(content: object, size: int, path: Path) -> dict[str, Tensor]:
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > size:
         raise UsageError(f"{str(path)!r} claims more weights than it has bytes")
     return tensors
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
