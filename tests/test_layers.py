@@ -27,12 +27,12 @@ losses: dense tiled contrastive info_nce sigmoid nt_xent classification __init__
 training: __init__ settings host_memory parallel memory plan recovery remat batch_norm compilation staging lane step
 training: lockstep verify schedule adafactorw lars optim tensor_file checkpoint ema starvation log loop
 training: frozen initial
-evaluation: __init__ settings datasets encoder zeroshot retrieval suite report
+evaluation: __init__ settings sets datasets encoder predictions metrics zeroshot retrieval robustness suite picture
 config validation run_folder hub model_files inference onnx_graphs exporting
 recipes: scenes emoji clipart basic __init__
-options arguments assembly model_assembly feature_cache feed scores
+options evaluation_options arguments assembly model_assembly feature_cache feed scores
 bench: __init__ measure table picture peers towers loss step once commands data
-data_commands verification run_parts runs phases cli
+data_commands evaluation_commands verification run_parts runs phases cli
 __init__ __main__
 """
 

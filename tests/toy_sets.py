@@ -16,6 +16,7 @@ from triscale.evaluation.encoder import Encoder
 from triscale.randomness import generator
 
 SIDE = 4
+LOGIT_SCALE = 20.0
 TEMPLATES = ("{c}", "drawn: {c}", "photo: {c}")
 NAMES = tuple(f"kind {number}" for number in range(12))
 
@@ -50,7 +51,14 @@ def embed_texts(texts: list[str]) -> Tensor:
 
 
 def encoder(batch_size: int = 7) -> Encoder:
-    return Encoder(image=embed_images, text=embed_texts, image_size=SIDE, fit="crop", batch_size=batch_size)
+    return Encoder(
+        image=embed_images,
+        text=embed_texts,
+        logit_scale=lambda: LOGIT_SCALE,
+        image_size=SIDE,
+        fit="crop",
+        batch_size=batch_size,
+    )
 
 
 def write_tar(path: Path, files: Mapping[str, bytes]) -> None:

@@ -37,6 +37,7 @@ from triscale.data.text import train_tokenizer
 from triscale.data.tokenizer import Tokenizer, open_tokenizer
 from triscale.errors import RunError, UsageError
 from triscale.evaluation.encoder import Encoder
+from triscale.losses.contrastive import ContrastiveLoss
 from triscale.models.dual_encoder import DualEncoder
 from triscale.training import optim, parallel
 from triscale.training.ema import WeightAverage
@@ -227,7 +228,9 @@ def evaluating(model: nn.Module, average: WeightAverage | None = None) -> Iterat
         parallel.drop_gathered(model)
 
 
-def make_encoder(config: RunConfig, model: DualEncoder, tokenizer: Tokenizer, device: torch.device) -> Encoder:
+def make_encoder(
+    config: RunConfig, model: DualEncoder, loss: ContrastiveLoss, tokenizer: Tokenizer, device: torch.device
+) -> Encoder:
     """The model as evaluation sees it."""
     size = config.data.image_size
     tokens = partial(_tokens, tokenizer, device)
@@ -236,9 +239,11 @@ def make_encoder(config: RunConfig, model: DualEncoder, tokenizer: Tokenizer, de
     return Encoder(
         image=lambda images: towers("image", images.to(device)),
         text=lambda texts: towers("text", tokens(texts)),
+        logit_scale=lambda: math.exp(float(loss.logit_scale.detach())),
         image_size=size,
         fit=config.data.fit,
         device=str(device),
+        workers=config.data.workers,
         finish=towers.finish,
     )
 

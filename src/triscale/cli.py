@@ -102,45 +102,23 @@ def verify(arguments: Sequence[str]) -> int:
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Score a run on evaluation sets."""
-    from triscale.options import EvalOptions
+    from triscale.evaluation_options import EvalOptions
 
     options = parse(EvalOptions, arguments, "triscale eval", evaluate.__doc__ or "")
-    from rich.console import Console
+    from triscale import evaluation_commands
 
-    from triscale.evaluation.datasets import open_sets
-    from triscale.evaluation.suite import evaluate as evaluate_sets
-    from triscale.evaluation.suite import results_table
-    from triscale.inference import load
-    from triscale.run_folder import evaluation_of
-
-    model = load(options.run, options.device, report=_report)
-    data, root, shifts = (options.data, "", options.shifts) if options.data else evaluation_of(Path(options.run))
-    results = evaluate_sets(model.encoder, open_sets(data, root), shifts)
-    _write_json(options.json, results)
-    Console(highlight=False).print(results_table(results))
+    _write_json(options.json, evaluation_commands.evaluate(options, _report))
     return 0
 
 
 def classify(arguments: Sequence[str]) -> int:
     """Tell which of your labels fits each of your images."""
-    from triscale.options import ClassifyOptions, parse_labels
+    from triscale.evaluation_options import ClassifyOptions
 
     options = parse(ClassifyOptions, arguments, "triscale classify", classify.__doc__ or "")
-    labels = parse_labels(options.labels)
-    if not options.images:
-        raise UsageError("which images? triscale classify RUN --labels a,b IMAGE...")
-    from rich.console import Console
+    from triscale import evaluation_commands
 
-    from triscale.evaluation.suite import guesses_table
-    from triscale.inference import load
-
-    model = load(options.run, options.device, report=_report)
-    probabilities = model.classify(list(options.images), labels, options.templates).tolist()
-    _write_json(
-        options.json,
-        {path: dict(zip(labels, row, strict=True)) for path, row in zip(options.images, probabilities, strict=True)},
-    )
-    Console(highlight=False).print(guesses_table(options.images, labels, probabilities))
+    _write_json(options.json, evaluation_commands.classify(options, _report))
     return 0
 
 

@@ -27,7 +27,7 @@ from triscale.data.tokenizer import Tokenizer
 from triscale.errors import UsageError, first_line
 from triscale.evaluation.encoder import Encoder
 from triscale.hub import local_folder
-from triscale.model_files import ModelFiles, Preprocess, open_model
+from triscale.model_files import ModelFiles, open_model
 from triscale.models.dual_encoder import DualEncoder, build_dual_encoder
 from triscale.models.prompts import class_embeddings
 from triscale.training import checkpoint
@@ -144,7 +144,7 @@ def load(
     return ZeroShotModel(
         model=model,
         tokenizer=files.tokenizer,
-        encoder=_encoder(model, files.tokenizer, files.preprocess, device),
+        encoder=_encoder(model, files, device),
         logit_scale=files.logit_scale,
     )
 
@@ -173,7 +173,9 @@ def build_model(files: ModelFiles) -> DualEncoder:
     return model
 
 
-def _encoder(model: DualEncoder, tokenizer: Tokenizer, preprocess: Preprocess, device: str) -> Encoder:
+def _encoder(model: DualEncoder, files: ModelFiles, device: str) -> Encoder:
+    tokenizer, logit_scale = files.tokenizer, files.logit_scale  # and not the tensors, of which the model has its own
+
     @torch.no_grad()
     def image(images: Tensor) -> Tensor:
         return model.image(images.to(device))
@@ -185,8 +187,9 @@ def _encoder(model: DualEncoder, tokenizer: Tokenizer, preprocess: Preprocess, d
     return Encoder(
         image=image,
         text=text,
-        image_size=preprocess.image_size,
-        fit=preprocess.fit,
+        logit_scale=lambda: logit_scale,
+        image_size=files.preprocess.image_size,
+        fit=files.preprocess.fit,
         device=device,
         batch_size=BATCH_SIZE,
     )

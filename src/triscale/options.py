@@ -8,51 +8,6 @@ from typing import Literal
 from tyro.conf import Positional
 
 from triscale.data.scenes import SEED
-from triscale.errors import UsageError
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    """triscale eval RUN"""
-
-    run: Positional[str]
-    """A run folder, a model of open_clip or Hugging Face, or hf-hub:ORGANISATION/NAME (docs/exchange.md)."""
-    data: tuple[str, ...] = ()
-    """Evaluation sets: folders or globs in CLIP_benchmark's layout or of class folders, or "scenes:NAME". None given:
-    those of the run."""
-    shifts: tuple[str, ...] = ()
-    """Names of those sets whose distribution is shifted; their mean and the drop are given."""
-    device: str = "cpu"
-    """cpu, cuda or mps."""
-    json: str = ""
-    """File for the results as JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifyOptions:
-    """triscale classify RUN --labels "a,b" IMAGE..."""
-
-    run: Positional[str]
-    """A run folder, a model of open_clip or Hugging Face, or hf-hub:ORGANISATION/NAME (docs/exchange.md)."""
-    images: Positional[tuple[str, ...]]
-    """Image files."""
-    labels: str
-    """The labels to choose from, separated by commas."""
-    templates: tuple[str, ...] = ("{c}",)
-    """Prompt templates; {c} is the label. A label's embedding is the mean over them."""
-    device: str = "cpu"
-    """cpu, cuda or mps."""
-    json: str = ""
-    """File for the probabilities as JSON."""
-
-
-def parse_labels(text: str) -> list[str]:
-    """The labels of `ClassifyOptions`; UsageError unless they are distinct names."""
-    labels = [label.strip() for label in text.split(",")]
-    undecoded = any("\ud800" <= c <= "\udfff" for c in text)  # bytes that are no UTF-8
-    if not all(labels) or len(set(labels)) < len(labels) or undecoded:
-        raise UsageError(f'--labels {text!r} must be distinct names separated by commas, such as "cat,dog"')
-    return labels
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,8 +27,9 @@ from triscale.config import RunConfig, lanes
 from triscale.data.mixture import Mixture
 from triscale.data.rows import BatchReader
 from triscale.errors import UsageError
-from triscale.evaluation.datasets import EvaluationSet, open_sets
+from triscale.evaluation.datasets import open_sets
 from triscale.evaluation.encoder import Encoder
+from triscale.evaluation.sets import EvaluationSet
 from triscale.evaluation.suite import check_shifts
 from triscale.feature_cache import is_cached, open_features
 from triscale.losses.classification import SoftmaxClassifier
@@ -89,13 +89,8 @@ class Run:
     def encoder(self) -> Encoder:
         """The model of pairs as evaluation sees it."""
         assert isinstance(self.model, DualEncoder) and self.reader.tokenizer is not None
-        return make_encoder(self.config, self.model, self.reader.tokenizer, self.device)
-
-    @property
-    def logit_scale(self) -> float:
-        """The learned factor on cosines of a model of pairs."""
         assert isinstance(self.loss, ContrastiveLoss)
-        return math.exp(float(self.loss.logit_scale.detach()))
+        return make_encoder(self.config, self.model, self.loss, self.reader.tokenizer, self.device)
 
     @property
     def chance(self) -> tuple[str, int]:

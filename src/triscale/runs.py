@@ -227,7 +227,7 @@ def _save(run: Run, optimizer: Optimizer, quarantine: Quarantine, sources: list[
 def _scores(run: Run, steps: int) -> dict[str, float]:
     """The scores that the log shows during training."""
     with evaluating(run.model, run.average):
-        return headline(evaluate(run.encoder, run.sets, run.config.data.shifts))
+        return headline(evaluate(run.encoder, run.sets, run.config.data.shifts).results)
 
 
 def finish(run: Run) -> None:
@@ -239,5 +239,4 @@ def finish(run: Run) -> None:
             title=f"Triscale: {run.recipe}",
             encoder=run.encoder,
             sets=run.sets,
-            logit_scale=run.logit_scale,
         )

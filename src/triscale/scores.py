@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from triscale import distributed
-from triscale.evaluation.datasets import EvaluationSet
 from triscale.evaluation.encoder import Encoder
-from triscale.evaluation.report import GuessRow, draw_guesses
-from triscale.evaluation.suite import Results, results_table, write_results
+from triscale.evaluation.picture import GuessRow, draw_guesses
+from triscale.evaluation.sets import EvaluationSet
+from triscale.evaluation.suite import Evaluation, Results, results_table, write_results
 from triscale.evaluation.zeroshot import top_guesses
 from triscale.run_folder import Files
 
@@ -29,12 +29,11 @@ def headline(results: Results) -> dict[str, float]:
 
 def publish(
     files: Files,
-    results: Results,
+    evaluation: Evaluation,
     *,
     title: str,
     encoder: Encoder,
     sets: Sequence[EvaluationSet],
-    logit_scale: float,
 ) -> None:
     """Write results.json and a picture of test images with the model's guesses, and print the table.
 
@@ -45,8 +44,8 @@ def publish(
     rows = [
         GuessRow(
             name=each.name,
-            note=f"top-1 {float(results['sets'][each.name]['top1']):.1%} of {len(each.classnames)} classes",
-            guesses=top_guesses(encoder, each, count=PICTURE_IMAGES, logit_scale=logit_scale),
+            note=f"top-1 {float(evaluation.results['sets'][each.name]['top1']):.1%} of {len(each.classnames)} classes",
+            guesses=top_guesses(encoder, each, count=PICTURE_IMAGES),
         )
         for each in sets
         if first and each.task == "classification"
@@ -54,10 +53,10 @@ def publish(
     encoder.finish()
     if not first:
         return
-    write_results(files.results, results)
+    write_results(files.results, evaluation.results)
     if rows:
         draw_guesses(files.picture, title, rows)
-    show(files, results)
+    show(files, evaluation.results)
 
 
 def show(files: Files, results: Results) -> None:

@@ -21,7 +21,7 @@ def test_a_webdataset_folder_gives_its_images_labels_names_and_templates(tmp_pat
     birds = open_set("wds_birds", str(tmp_path))
     assert (birds.name, birds.task, len(birds)) == ("birds", "classification", 3)
     assert (birds.classnames, birds.templates, birds.merged_classes) == (toy_sets.NAMES, toy_sets.TEMPLATES, 0)
-    examples = {birds.read(index).label: birds.read(index) for index in range(3)}
+    examples = {birds.read(index).labels[0]: birds.read(index) for index in range(3)}
     assert sorted(examples) == [0, 3, 7]
     np.testing.assert_array_equal(examples[3].image, toy_sets.picture("kind 3", 0))
     np.testing.assert_array_equal(examples[7].image, toy_sets.picture("kind 7", 2))
@@ -32,7 +32,7 @@ def test_labels_of_a_repeated_class_name_are_those_of_its_first(tmp_path: Path) 
     opened = open_set(str(tmp_path / "set"))
     assert opened.classnames == ("cat", "dog", "emu")
     assert opened.merged_classes == 2
-    assert [opened.read(index).label for index in range(5)] == [0, 1, 0, 2, 1]
+    assert [opened.read(index).labels[0] for index in range(5)] == [0, 1, 0, 2, 1]
 
 
 def test_a_separator_inside_a_name_does_not_shift_the_labels_after_it(tmp_path: Path) -> None:
@@ -71,14 +71,14 @@ def test_class_folders_are_classes_in_the_order_of_their_names(tmp_path: Path) -
         (tmp_path / "zoo" / name / file).write_bytes(toy_sets.png(toy_sets.picture(name, 0)))
     zoo = open_set("zoo", str(tmp_path))
     assert (zoo.name, zoo.classnames, zoo.templates) == ("zoo", ("ape", "emu", "zebra"), ("{c}",))
-    assert [zoo.read(index).label for index in range(len(zoo))] == [0, 1, 2]
+    assert [zoo.read(index).labels[0] for index in range(len(zoo))] == [0, 1, 2]
     np.testing.assert_array_equal(zoo.read(2).image, toy_sets.picture("zebra", 0))
 
 
 def test_scenes_splits_are_sets_without_any_file() -> None:
     val = open_set("scenes:val", "/nowhere")
     assert (val.name, val.task, val.classnames) == ("val", "classification", CLASSNAMES)
-    assert 0 <= val.read(5).label < len(CLASSNAMES)
+    assert 0 <= val.read(5).labels[0] < len(CLASSNAMES)
 
 
 def test_a_glob_takes_sets_in_order_and_leaves_out_what_was_named_before(tmp_path: Path) -> None:

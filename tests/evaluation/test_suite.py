@@ -33,7 +33,7 @@ def sets_of(folder: Path) -> Path:
 
 def evaluate_all(rank: int, world: int, folder: str, batch_size: int) -> Results:
     sets = open_sets(["wds_first", "wds_*"], folder)
-    return evaluate(toy_sets.encoder(batch_size), sets, shifts=("other", "strange"))
+    return evaluate(toy_sets.encoder(batch_size), sets, shifts=("other", "strange")).results
 
 
 def evaluate_both(rank: int, world: int, folder: str) -> list[Any]:
@@ -57,7 +57,7 @@ def test_the_drop_is_from_the_first_set_to_the_mean_of_the_shifted(tmp_path: Pat
 
 
 def test_without_shifted_sets_there_is_no_drop(tmp_path: Path) -> None:
-    results = evaluate(toy_sets.encoder(), [open_set(str(toy_sets.write_set(tmp_path / "set")))])
+    results = evaluate(toy_sets.encoder(), [open_set(str(toy_sets.write_set(tmp_path / "set")))]).results
     assert (results["shift_mean"], results["drop"]) == (None, None)
     assert "mean top-1" not in printed(results)
 

@@ -12,7 +12,8 @@ import torch
 
 import toy_sets
 from triscale.errors import RunError
-from triscale.evaluation.datasets import EvaluationSet, open_set
+from triscale.evaluation.datasets import open_set
+from triscale.evaluation.sets import EvaluationSet
 from triscale.evaluation.zeroshot import classes_ahead, evaluate_classification, top_guesses
 
 LABELS = tuple(int(number * number) % 12 for number in range(60))  # uneven, and some classes never occur
@@ -31,7 +32,7 @@ def literal_scores(examples: EvaluationSet) -> dict[str, float]:
         image = toy_sets.embed_images(torch.from_numpy(example.image).permute(2, 0, 1)[None])[0].numpy()
         scores = [float(row @ image) / np.linalg.norm(image) for row in classifier]
         ranking = sorted(range(len(scores)), key=lambda index, scores=scores: (-scores[index], index))
-        places.append((example.label, ranking.index(example.label)))
+        places.append((example.labels[0], ranking.index(example.labels[0])))
     labels = sorted({label for label, _ in places})
     by_class = [[place == 0 for label, place in places if label == wanted] for wanted in labels]
     return {
@@ -104,7 +105,7 @@ def test_a_file_that_vanished_ends_in_one_line(tmp_path: Path) -> None:
 
 def test_guesses_are_the_likeliest_classes_of_images_drawn_from_all_over_the_set(tmp_path: Path) -> None:
     examples = open_set(str(toy_sets.write_set(tmp_path / "set", labels=LABELS, bad=(20, 21))))
-    guesses = top_guesses(toy_sets.encoder(), examples, count=6, logit_scale=20.0)
+    guesses = top_guesses(toy_sets.encoder(), examples, count=6)
     read = {index: examples.read(index) for index in range(60) if index not in (20, 21)}
     shown = [next(i for i, each in read.items() if np.array_equal(each.image, guess.image)) for guess in guesses]
     assert len(set(shown)) == 6 and min(shown) < 20 < 40 < max(shown)
@@ -121,5 +122,5 @@ def test_guesses_are_the_likeliest_classes_of_images_drawn_from_all_over_the_set
 
 def test_guesses_are_no_more_than_there_are_images_and_classes(tmp_path: Path) -> None:
     examples = open_set(str(toy_sets.write_set(tmp_path / "set", names=("a", "b"), labels=(1, 0), bad=(0,))))
-    guesses = top_guesses(toy_sets.encoder(), examples, count=5, logit_scale=1.0)
+    guesses = top_guesses(toy_sets.encoder(), examples, count=5)
     assert [len(guess.names) for guess in guesses] == [2]

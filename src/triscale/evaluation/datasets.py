@@ -1,4 +1,4 @@
-"""Evaluation sets: what a model is judged on, as one type whatever the place it comes from.
+"""Where evaluation sets come from.
 
 A set is written as one of
 
@@ -14,98 +14,20 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
-from jaxtyping import UInt8
-
-from triscale.data.captions import all_captions, read_label
-from triscale.data.decode import decode_image
 from triscale.data.folders import ClassFolders
 from triscale.data.lists import quote, read_classnames, read_lines, read_templates
-from triscale.data.samples import BadSample, Sample, Source
+from triscale.data.samples import Source
 from triscale.data.scenes import CLASSNAMES, SPLITS, TEMPLATES, Scenes
 from triscale.data.shards import open_shards
 from triscale.errors import UsageError
+from triscale.evaluation.sets import EvaluationSet
 
 CLASSNAMES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 TASK_FILE = "dataset_type.txt"
 SHARD_COUNT_FILE = "test/nshards.txt"
-LABELS_CHECKED_AT_OPENING = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """One decoded sample of an evaluation set."""
-
-    image: UInt8[np.ndarray, "h w 3"]
-    label: int = -1
-    """Index into the set's class names; -1 in a retrieval set."""
-    captions: tuple[str, ...] = ()
-    """At least one in a retrieval set."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSet:
-    """Samples with what is needed to score a model on them."""
-
-    name: str
-    """What results call it: the folder's name without `wds_`."""
-    task: Literal["classification", "retrieval"]
-    source: Source
-    classnames: tuple[str, ...] = ()
-    """Distinct names; empty in a retrieval set."""
-    templates: tuple[str, ...] = ()
-    """Prompt templates with `{c}` where the class name goes."""
-    class_of_label: tuple[int, ...] = ()
-    """For each label of the source, the index of its name in `classnames`."""
-    skipped: int = 0
-    """Entries of the shards that the source left out: duplicate keys, samples without an image, links."""
-
-    def __len__(self) -> int:
-        """The number of samples, bad ones included."""
-        return len(self.source)
-
-    @property
-    def merged_classes(self) -> int:
-        """The number of labels whose name an earlier label has already."""
-        return len(self.class_of_label) - len(self.classnames)
-
-    def read(self, index: int) -> Example:
-        """Read and decode sample `index`.
-
-        Raises:
-            BadSample: the image or its captions can't be read; the reason says what is wrong.
-            UsageError: the label is missing, not a number or out of range: then the whole set is in doubt.
-        """
-        sample = self.source.read(index)
-        label = self._label(sample) if self.task == "classification" else -1
-        captions = tuple(all_captions(sample, ("txt",))) if self.task == "retrieval" else ()
-        image = decode_image(sample.image) if isinstance(sample.image, bytes) else sample.image
-        return Example(image=image, label=label, captions=captions)
-
-    def check_labels(self, samples: int = LABELS_CHECKED_AT_OPENING) -> None:
-        """Raise UsageError if one of `samples` labels, evenly spread over the set, is wrong."""
-        for index in range(0, len(self), max(1, len(self) // samples)):
-            try:
-                self._label(self.source.read(index, image=False))
-            except BadSample:
-                continue
-
-    def _label(self, sample: Sample) -> int:
-        where = f"evaluation set {quote(self.name)}, sample {quote(sample.key)}"
-        try:
-            label = read_label(sample)
-        except BadSample as fault:
-            raise UsageError(f"{where}: {fault.reason}; KEY.cls must hold the class's number, from 0") from fault
-        if label >= len(self.class_of_label):
-            raise UsageError(
-                f"{where}: label {label} is out of range; {len(self.class_of_label)} class names count from 0"
-            )
-        return self.class_of_label[label]
 
 
 def open_set(spec: str, root: str = "") -> EvaluationSet:

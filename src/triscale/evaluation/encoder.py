@@ -20,7 +20,7 @@ from triscale.data.resize import fit_square
 from triscale.data.samples import BadSample
 from triscale.data.settings import Fit
 from triscale.errors import RunError
-from triscale.evaluation.datasets import EvaluationSet, Example
+from triscale.evaluation.sets import EvaluationSet, Example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class Encoder:
     """Embeds images, s = `image_size`, that come on the CPU; embeddings need not be normalised."""
     text: Callable[[list[str]], Float[Tensor, "n d"]]
     """Embeds texts; embeddings need not be normalised."""
+    logit_scale: Callable[[], float]
+    """The learned factor on cosines, as it is now."""
     image_size: int
     fit: Fit
     """How an image becomes square: "crop" its middle, "pad" it with white, or "squash" it."""
@@ -38,6 +40,8 @@ class Encoder:
     """Where the embeddings are."""
     batch_size: int = 256
     """Images, or texts, embedded at once."""
+    workers: int = 0
+    """Processes that read and decode; 0: this one does."""
     finish: Callable[[], None] = lambda: None
     """Called by every process where it has embedded all it has to, and the others perhaps not: a model that processes
     hold together serves them."""

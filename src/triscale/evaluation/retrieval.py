@@ -23,8 +23,8 @@ from torch import Tensor
 
 from triscale import distributed
 from triscale.errors import RunError
-from triscale.evaluation.datasets import EvaluationSet
 from triscale.evaluation.encoder import Encoder, read_batches
+from triscale.evaluation.sets import EvaluationSet
 
 TILE_ROWS = 1024
 TILE_COLUMNS = 4096

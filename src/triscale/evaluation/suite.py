@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -14,10 +15,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from triscale.errors import RunError, UsageError
-from triscale.evaluation.datasets import EvaluationSet
+from triscale.errors import UsageError
 from triscale.evaluation.encoder import Encoder
+from triscale.evaluation.predictions import Predictions, write_whole
 from triscale.evaluation.retrieval import DEPTHS, evaluate_retrieval
+from triscale.evaluation.sets import EvaluationSet
 from triscale.evaluation.zeroshot import build_classifier, evaluate_classification
 
 LONGEST_NAME = 40
@@ -48,6 +50,16 @@ class Results(TypedDict):
     """Top-1 of the first classification set less `shift_mean`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a model does on evaluation sets; the same on every process."""
+
+    results: Results
+    """The scores, as `results.json` holds them."""
+    predictions: Mapping[str, Predictions]
+    """By name of a classification set, what the model answered image by image."""
+
+
 def check_shifts(sets: Iterable[EvaluationSet], shifts: Sequence[str]) -> None:
     """Raise UsageError if a name in `shifts` is not that of a classification set."""
     names = [each.name for each in sets if each.task == "classification"]
@@ -58,7 +70,7 @@ def check_shifts(sets: Iterable[EvaluationSet], shifts: Sequence[str]) -> None:
             )
 
 
-def evaluate(encoder: Encoder, sets: Sequence[EvaluationSet], shifts: Sequence[str] = ()) -> Results:
+def evaluate(encoder: Encoder, sets: Sequence[EvaluationSet], shifts: Sequence[str] = ()) -> Evaluation:
     """Score a model on every set; all processes call it and get the same results.
 
     Args:
@@ -80,6 +92,10 @@ def evaluate(encoder: Encoder, sets: Sequence[EvaluationSet], shifts: Sequence[s
         if prompts not in classifiers:
             classifiers[prompts] = build_classifier(encoder, each)
         scored[each.name] = evaluate_classification(encoder, each, classifiers[prompts])
+    return Evaluation(results=_with_shifts(scored, shifts), predictions={})
+
+
+def _with_shifts(scored: dict[str, SetResult], shifts: Sequence[str]) -> Results:
     if not shifts:
         return Results(sets=scored, shift_mean=None, drop=None)
     shift_mean = sum(float(scored[name]["top1"]) for name in shifts) / len(shifts)
@@ -93,21 +109,8 @@ def write_results(path: str | os.PathLike[str], results: Results) -> None:
     Raises:
         RunError: they can't be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(f"{str(path)!r}: results could not be written: {error.strerror}") from error
+    write_whole(Path(path), text.encode(), "results")
 
 
 def results_table(results: Results) -> Group:

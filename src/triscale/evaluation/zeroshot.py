@@ -14,8 +14,8 @@ from triscale import distributed
 from triscale.data.resize import fit_square
 from triscale.data.samples import BadSample
 from triscale.errors import RunError
-from triscale.evaluation.datasets import EvaluationSet, Example
 from triscale.evaluation.encoder import Encoder, read_batches
+from triscale.evaluation.sets import EvaluationSet, Example
 from triscale.models.prompts import class_embeddings
 from triscale.randomness import generator
 
@@ -62,7 +62,7 @@ def evaluate_classification(
         if not examples:
             continue
         scores = encoder.embed_images([example.image for example in examples]) @ classifier.T
-        labels = torch.tensor([example.label for example in examples], device=scores.device)
+        labels = torch.tensor([example.labels[0] for example in examples], device=scores.device)
         ahead = classes_ahead(scores, labels)
         left_out[1] += (~scores.isfinite()).any(dim=1).sum()
         for row, counted in enumerate((ahead < classes, ahead < 1, ahead < 5)):
@@ -91,14 +91,12 @@ def top_guesses(
     evaluation_set: EvaluationSet,
     *,
     count: int,
-    logit_scale: float,
     top: int = 3,
     classifier: Float[Tensor, "k d"] | None = None,
 ) -> list[Guess]:
     """The likeliest classes of `count` images drawn from the set, the same in every run; bad ones are passed over.
 
-    Args:
-        logit_scale: the factor s, not its logarithm: probabilities are softmax(s * cosine) over all classes.
+    Probabilities are softmax(logit scale * cosine) over all classes.
     """
     if classifier is None:
         classifier = build_classifier(encoder, evaluation_set)
@@ -111,12 +109,12 @@ def top_guesses(
     if not examples:
         return []
     cosines = encoder.embed_images([example.image for example in examples]) @ classifier.T
-    probabilities, order = (logit_scale * cosines).softmax(dim=1).sort(dim=1, descending=True, stable=True)
+    probabilities, order = (encoder.logit_scale() * cosines).softmax(dim=1).sort(dim=1, descending=True, stable=True)
     names = evaluation_set.classnames
     return [
         Guess(
             image=_for_show(example.image),
-            truth=names[example.label],
+            truth=names[example.labels[0]],
             names=tuple(names[index] for index in order[row, :top].tolist()),
             probabilities=tuple(probabilities[row, :top].tolist()),
         )

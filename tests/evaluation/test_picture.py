@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from triscale.errors import RunError
-from triscale.evaluation.report import GuessRow, draw_guesses
+from triscale.evaluation.picture import GuessRow, draw_guesses
 from triscale.evaluation.zeroshot import Guess
 
 HOSTILE = ("<script>", "[/red]", "$x_", "$\\frac{", "a\nb\x1b[2J\x00", "表 \U0001f600", "\udcff", "", "W" * 10_000)

@@ -1,0 +1,117 @@
+"""Evaluation sets as a type: what a model is judged on, whatever the place it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+
+from triscale.data.captions import all_captions, read_label
+from triscale.data.decode import decode_image
+from triscale.data.lists import quote
+from triscale.data.samples import BadSample, Sample, Source
+from triscale.errors import UsageError
+
+LABELS_CHECKED_AT_OPENING = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One decoded sample of an evaluation set."""
+
+    image: UInt8[np.ndarray, "h w 3"]
+    key: str
+    """The sample's name within its set."""
+    labels: tuple[int, ...] = ()
+    """Its right classes, distinct indices into the set's class names: exactly one unless the set is multi-label; none
+    in a retrieval set."""
+    captions: tuple[str, ...] = ()
+    """At least one in a retrieval set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """Samples with what is needed to score a model on them. May be pickled to worker processes."""
+
+    name: str
+    """What results call it: the folder's name without `wds_`."""
+    task: Literal["classification", "retrieval"]
+    source: Source
+    classnames: tuple[str, ...] = ()
+    """Distinct names; empty in a retrieval set."""
+    templates: tuple[str, ...] = ()
+    """Prompt templates with `{c}` where the class name goes."""
+    class_of_label: tuple[int, ...] = ()
+    """For each label of the source, the index of its name in `classnames`."""
+    skipped: int = 0
+    """Entries of the shards that the source left out: duplicate keys, samples without an image, links."""
+    allowed: tuple[int, ...] | None = None
+    """Classes that may be guessed, ascending and distinct; the scores of all others are masked. None: all."""
+    multi_label: bool = False
+    """Whether a sample may have several right classes, or none: then it is left out of the scores and counted."""
+    right_labels: Mapping[str, tuple[int, ...]] | None = None
+    """Labels of the source by sample key, in place of the samples' own; a key that is not there has none."""
+    levels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """By name of a level, such as synonyms or a hierarchy's: for each class the number of its group. A guess counts at
+    a level if its group is that of a right class."""
+    slices: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """By name of a slice, such as major errors: the keys of its samples."""
+
+    def __len__(self) -> int:
+        """The number of samples, bad ones included."""
+        return len(self.source)
+
+    @property
+    def merged_classes(self) -> int:
+        """The number of labels whose name an earlier label has already."""
+        return len(self.class_of_label) - len(self.classnames)
+
+    def read(self, index: int, *, min_side: int | None = None) -> Example:
+        """Read and decode sample `index`.
+
+        Args:
+            index: 0 <= index < len.
+            min_side: if given, a large JPEG may come out smaller, as `data.decode.decode_image` says.
+
+        Raises:
+            BadSample: the image or its captions can't be read; the reason says what is wrong.
+            UsageError: the label is missing, not a number or out of range: then the whole set is in doubt.
+        """
+        sample = self.source.read(index)
+        image = sample.image
+        return Example(
+            key=sample.key,
+            labels=self._labels(sample) if self.task == "classification" else (),
+            captions=tuple(all_captions(sample, ("txt",))) if self.task == "retrieval" else (),
+            image=decode_image(image, min_side=min_side) if isinstance(image, bytes) else image,
+        )
+
+    def check_labels(self, samples: int = LABELS_CHECKED_AT_OPENING) -> None:
+        """Raise UsageError if one of `samples` labels, evenly spread over the set, is wrong."""
+        for index in range(0, len(self), max(1, len(self) // samples)):
+            try:
+                self._labels(self.source.read(index, image=False))
+            except BadSample:
+                continue
+
+    def _labels(self, sample: Sample) -> tuple[int, ...]:
+        """The right classes of a sample, distinct, in the order of their labels."""
+        where = f"evaluation set {quote(self.name)}, sample {quote(sample.key)}"
+        if self.right_labels is not None:
+            labels = self.right_labels.get(sample.key, ())
+        else:
+            try:
+                labels = (read_label(sample),)
+            except BadSample as fault:
+                raise UsageError(f"{where}: {fault.reason}; KEY.cls must hold the class's number, from 0") from fault
+        for label in labels:
+            if not 0 <= label < len(self.class_of_label):
+                raise UsageError(
+                    f"{where}: label {label} is out of range; {len(self.class_of_label)} class names count from 0"
+                )
+        if len(labels) != 1 and not self.multi_label:
+            raise UsageError(f"{where}: it has {len(labels)} labels, and each sample of this set must have one")
+        return tuple(dict.fromkeys(self.class_of_label[label] for label in labels))
