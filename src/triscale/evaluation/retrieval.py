@@ -119,12 +119,12 @@ def _scores_of_positives(
 def _embed(encoder: Encoder, evaluation_set: EvaluationSet) -> tuple[Tensor, Tensor, Tensor, int]:
     """All processes' embeddings: of images (n, d), of texts (m, d), each text's image (m,), and the bad samples."""
     images, texts, captions_of_image, bad = [], [], [], 0
-    for examples, unreadable in read_batches(evaluation_set, encoder):
-        bad += unreadable
-        if examples:
-            images.append(encoder.embed_images([example.image for example in examples]))
-            texts.append(encoder.embed_texts([text for example in examples for text in example.captions]))
-            captions_of_image += [len(example.captions) for example in examples]
+    for batch in read_batches(evaluation_set, encoder):
+        bad += sum(batch.bad.values())
+        if len(batch):
+            images.append(encoder.embed_pixels(batch.pixels))
+            texts.append(encoder.embed_texts([text for captions in batch.captions for text in captions]))
+            captions_of_image += [len(captions) for captions in batch.captions]
     width = torch.tensor([images[0].shape[1] if images else 0], device=encoder.device)
     distributed.all_reduce_max(width)
     none = torch.zeros(0, int(width), device=encoder.device)

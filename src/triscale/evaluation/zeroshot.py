@@ -57,12 +57,12 @@ def evaluate_classification(
     classes = len(evaluation_set.classnames)
     counts = torch.zeros(3, classes, dtype=torch.int64, device=classifier.device)  # samples, first, among five
     left_out = torch.zeros(2, dtype=torch.int64, device=classifier.device)  # bad, not finite
-    for examples, bad in read_batches(evaluation_set, encoder):
-        left_out[0] += bad
-        if not examples:
+    for batch in read_batches(evaluation_set, encoder):
+        left_out[0] += sum(batch.bad.values())
+        if not len(batch):
             continue
-        scores = encoder.embed_images([example.image for example in examples]) @ classifier.T
-        labels = torch.tensor([example.labels[0] for example in examples], device=scores.device)
+        scores = encoder.embed_pixels(batch.pixels) @ classifier.T
+        labels = torch.tensor([labels[0] for labels in batch.labels], device=scores.device)
         ahead = classes_ahead(scores, labels)
         left_out[1] += (~scores.isfinite()).any(dim=1).sum()
         for row, counted in enumerate((ahead < classes, ahead < 1, ahead < 5)):
