@@ -6,6 +6,8 @@ Nothing here imports the code that it checks.
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -210,3 +212,53 @@ def lars(
         v = momentum * v + lr * ratio * g
         theta = theta - v
     return theta
+
+
+def rank_of(scores: list[float], right: int, allowed: list[int]) -> int:
+    """Classes of `allowed` ranking before `right`; of equal scores the lower index first. Those not allowed are last."""
+    if right not in allowed:
+        return len(allowed)
+    ranking = sorted(allowed, key=lambda index: (-scores[index], index))
+    return ranking.index(right)
+
+
+def softmax_loop(scores: list[float], allowed: list[int], scale: float) -> dict[int, float]:
+    """Probabilities of the classes allowed."""
+    weights = {index: math.exp(scale * scores[index]) for index in allowed}
+    return {index: weight / sum(weights.values()) for index, weight in weights.items()}
+
+
+def expected_calibration_error(confidence: list[float], right: list[bool], bins: int) -> float:
+    """ECE by loops over bins (arXiv 1706.04599, equations 1 to 3); bin m is of (m-1)/M < p <= m/M, the first with 0."""
+    total = 0.0
+    for m in range(1, bins + 1):
+        inside = [i for i, p in enumerate(confidence) if (m - 1) / bins < p <= m / bins or (m == 1 and p == 0)]
+        if inside:
+            accuracy = sum(right[i] for i in inside) / len(inside)
+            total += len(inside) / len(right) * abs(accuracy - sum(confidence[i] for i in inside) / len(inside))
+    return total
+
+
+def mean_per_class(labels: list[int], right: list[bool]) -> float:
+    """The mean over the classes that occur of the fraction that is right."""
+    fractions = []
+    for label in sorted(set(labels)):
+        hits = [hit for each, hit in zip(labels, right, strict=True) if each == label]
+        fractions.append(sum(hits) / len(hits))
+    return sum(fractions) / len(fractions)
+
+
+def bootstrap_interval(
+    rows: list[tuple[int, bool]], score: Callable[[list[tuple[int, bool]]], float], resamples: int, seed: int
+) -> tuple[float, float]:
+    """The percentile bootstrap by drawing rows with replacement, one after the other."""
+    draw = random.Random(seed)
+    scores = sorted(score([draw.choice(rows) for _ in rows]) for _ in range(resamples))
+    return scores[round(0.025 * (resamples - 1))], scores[round(0.975 * (resamples - 1))]
+
+
+def median_loop(values: list[int]) -> float:
+    """The middle one, or the mean of the middle two."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return float(ordered[half]) if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

@@ -107,7 +107,9 @@ def evaluate(arguments: Sequence[str]) -> int:
     options = parse(EvalOptions, arguments, "triscale eval", evaluate.__doc__ or "")
     from triscale import evaluation_commands
 
-    _write_json(options.json, evaluation_commands.evaluate(options, _report))
+    results = evaluation_commands.evaluate(options, _report)
+    if results is not None:
+        _write_json(options.json, results)
     return 0
 
 

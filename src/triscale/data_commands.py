@@ -22,7 +22,7 @@ from triscale.data.stats_page import stats_page, summary
 from triscale.data.text import SentencePieceTokenizer, train_tokenizer
 from triscale.data.tokenizer import open_tokenizer
 from triscale.errors import UsageError
-from triscale.evaluation.suite import printable
+from triscale.evaluation.tables import printable
 from triscale.options import IndexOptions, PackOptions, StatsOptions, TokenizerOptions
 
 Report = Callable[[str], None]

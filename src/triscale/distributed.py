@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,6 +30,17 @@ def rank() -> int:
 def world_size() -> int:
     """W, the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world_size() -> int:
+    """The number of this host's processes; 1 outside torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def cores() -> int:
+    """This process's share of the host's cores, at least 1."""
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, usable // local_world_size())
 
 
 @contextmanager

@@ -3,28 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+from triscale import distributed
 from triscale.errors import UsageError
 from triscale.evaluation.datasets import open_sets
-from triscale.evaluation.suite import Results, guesses_table, results_table
+from triscale.evaluation.sets import EvaluationSet
+from triscale.evaluation.suite import Results, write_evaluation
 from triscale.evaluation.suite import evaluate as evaluate_sets
+from triscale.evaluation.tables import guesses_table, results_table
 from triscale.evaluation_options import ClassifyOptions, EvalOptions, parse_labels
 from triscale.inference import load
 from triscale.run_folder import evaluation_of
+from triscale.training.checkpoint import split_checkpoint
 
 Report = Callable[[str], None]
+COLLECTIVE_TIMEOUT_SECONDS = 600.0
+"""Processes wait for each other at the end of each set alone, and one may read more slowly than another."""
+MOST_WORKERS = 16
 
 
-def evaluate(options: EvalOptions, report: Report) -> Results:
-    """Score a model on evaluation sets and print the table."""
-    model = load(options.run, options.device, report=report)
-    data, root, shifts = (options.data, "", options.shifts) if options.data else evaluation_of(Path(options.run))
-    evaluation = evaluate_sets(model.encoder, open_sets(data, root), shifts)
+def evaluate(options: EvalOptions, report: Report) -> Results | None:
+    """Score a model on evaluation sets and print the table; under torchrun all processes share the work.
+
+    Returns:
+        The results; None on all processes but the first.
+    """
+    if options.batch_size < 1 or (options.workers or 0) < 0:
+        raise UsageError("--batch-size must be at least 1, --workers at least 0")
+    device = options.device.partition(":")[0]
+    with distributed.process_group(device, COLLECTIVE_TIMEOUT_SECONDS):
+        first = distributed.rank() == 0
+        model = load(options.run, options.device, step=options.checkpoint, report=report if first else _silent)
+        workers = _default_workers(device) if options.workers is None else options.workers
+        encoder = replace(model.encoder, batch_size=options.batch_size, workers=workers)
+        sets, shifts = _open(options)
+        evaluation = evaluate_sets(encoder, sets, shifts)
+    if not first:
+        return None
+    if options.output:
+        write_evaluation(Path(options.output), evaluation)
     Console(highlight=False).print(results_table(evaluation.results))
     return evaluation.results
+
+
+def _open(options: EvalOptions) -> tuple[list[EvaluationSet], tuple[str, ...]]:
+    """The sets that are named, or else the run's own, and which of them are shifted."""
+    if options.data:
+        return open_sets(options.data), options.shifts
+    folder, _ = split_checkpoint(Path(options.run))
+    data, root, shifts = evaluation_of(folder)
+    return open_sets(data, root), shifts
+
+
+def _default_workers(device: str) -> int:
+    """Processes that read: where the towers compute on the cores too, they are left half of them."""
+    cores = distributed.cores()
+    return max(1, min(cores // 2 if device == "cpu" else cores - 1, MOST_WORKERS))
+
+
+def _silent(line: str) -> None:
+    """What processes other than the first report."""
 
 
 def classify(options: ClassifyOptions, report: Report) -> dict[str, dict[str, float]]:

@@ -14,16 +14,26 @@ class EvalOptions:
     """triscale eval RUN"""
 
     run: Positional[str]
-    """A run folder, a model of open_clip or Hugging Face, or hf-hub:ORGANISATION/NAME (docs/exchange.md)."""
+    """A run folder or one of its checkpoints, a model of open_clip or Hugging Face, or hf-hub:ORGANISATION/NAME
+    (docs/exchange.md)."""
     data: tuple[str, ...] = ()
     """Evaluation sets: folders or globs in CLIP_benchmark's layout or of class folders, or "scenes:NAME". None given:
     those of the run."""
     shifts: tuple[str, ...] = ()
     """Names of those sets whose distribution is shifted; their mean and the drop are given."""
+    checkpoint: int | None = None
+    """Step of the run's checkpoint to take, during training too. None: the newest."""
     device: str = "cpu"
     """cpu, cuda or mps."""
+    batch_size: int = 64
+    """Images, or texts, embedded at once."""
+    workers: int | None = None
+    """Processes that read and decode images; 0: the one that embeds them does. None: all cores but one, or half of them
+    where the device is cpu, 16 at most."""
     json: str = ""
     """File for the results as JSON."""
+    output: str = ""
+    """Folder for results.json and predictions/NAME.safetensors, as a run folder has them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
-import sys
 import time
 from collections.abc import Generator
 from contextlib import suppress
@@ -39,7 +37,7 @@ def open_batches(
     if not budget:
         # Where the towers are on the host too, their activations may take the other half of what is available.
         budget = default_budget_bytes(torch.device("cpu")) / (1 if device.type == "cuda" else 2)
-    budget /= _local_processes()
+    budget /= distributed.local_world_size()
     fits = torch.tensor(int(needed <= budget), device=device if device.type == "cuda" else "cpu")
     held = bool(distributed.all_reduce_min(fits))
     rows = batches(
@@ -69,13 +67,12 @@ def open_batches(
 
 def _advise(workers: int, held: bool, shared: bool, share: float, samples_per_second: float, steps: int) -> str:
     """The line for a run whose towers wait for data, see `verdict`."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return verdict(
         share,
         samples_per_second,
         steps,
         workers=workers,
-        cores=max(1, cores // _local_processes()),
+        cores=distributed.cores(),
         busy=_busy(),
         processes=distributed.world_size(),
         held=held,
@@ -92,8 +89,3 @@ def _busy() -> float | None:
             times = process.cpu_times()
             shares.append((times.user + times.system) / max(time.time() - process.create_time(), 1e-3))
     return sum(shares) / len(shares) if shares else None
-
-
-def _local_processes() -> int:
-    """Training processes on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -118,7 +118,12 @@ def _warn(message: str) -> None:
 
 
 def load(
-    path: str | Path, device: str = "cpu", *, average: bool = True, report: Callable[[str], None] = _warn
+    path: str | Path,
+    device: str = "cpu",
+    *,
+    average: bool = True,
+    step: int | None = None,
+    report: Callable[[str], None] = _warn,
 ) -> ZeroShotModel:
     """Load a run, an exported model, or a model of open_clip or Hugging Face (docs/exchange.md).
 
@@ -126,16 +131,17 @@ def load(
         path: a run folder, that of a phase, or that of phases, of which the last with both towers is taken; a folder
             with a configuration of open_clip (open_clip_config.json) or of Hugging Face's CLIP or SigLIP (config.json)
             and its weights, or the file of weights in it; or "hf-hub:ORGANISATION/NAME", a model of the hub, also
-            without "hf-hub:" where no such folder is there.
+            without "hf-hub:" where no such folder is there. Also one of a run's checkpoints.
         device: where to embed, such as "cpu" or "cuda".
         average: take the moving average of the weights, where the run keeps one, rather than the last ones.
+        step: of the run's checkpoint to take; None: the newest good one.
         report: called with one line for each newer checkpoint that is damaged and passed over, and where phases are
             still to come.
 
     Raises:
         UsageError: the folder or one of its files is missing, damaged, or does not fit the others.
     """
-    files = open_model(local_folder(str(path)), report, average=average)
+    files = open_model(local_folder(str(path)), report, average=average, step=step)
     model = build_model(files).eval()
     try:
         model.to(device)

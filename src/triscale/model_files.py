@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +86,23 @@ class ModelFiles:
         return math.exp(float(logarithm))
 
 
-def open_model(path: Path, report: Callable[[str], None], *, average: bool = True) -> ModelFiles:
+def open_model(
+    path: Path, report: Callable[[str], None], *, average: bool = True, step: int | None = None
+) -> ModelFiles:
     """Read a run folder, an exported model, or a model of open_clip or Hugging Face: a folder, or the weights in it.
 
     Args:
-        path: the folder or file.
+        path: the folder or file; also one of a run's checkpoints.
         report: called with one line for each newer checkpoint that is damaged and passed over, and where phases of a
             run are still to come.
         average: take the moving average of a run's weights, where it keeps one, rather than the last ones.
+        step: of the run's checkpoint to take; None: the newest good one.
 
     Raises:
         UsageError: one of its files is missing, damaged, or does not fit the others.
     """
+    path, named = checkpoint.split_checkpoint(path)
+    step = named if step is None else step
     path = trained_pair(path, report)
     folder = path if path.is_dir() else path.parent
     if not path.exists():
@@ -106,7 +112,9 @@ def open_model(path: Path, report: Callable[[str], None], *, average: bool = Tru
         )
     weights = None if path.is_dir() else path
     if (folder / RESOLVED).exists() or (weights is None and (folder / "checkpoints").exists()):
-        return _open_own(folder, weights, report, average)
+        return _open_own(folder, weights, partial(_find_checkpoint, folder, step, report), average)
+    if step is not None:
+        raise UsageError(f"{str(path)!r} is no run folder, and so has no checkpoint of step {step}")
     kinds = (interop_open_clip, interop_hf)
     for kind in kinds:
         found = weights or find_weights(folder, kind.WEIGHTS)
@@ -117,8 +125,20 @@ def open_model(path: Path, report: Callable[[str], None], *, average: bool = Tru
     raise UsageError(f"run folder is incomplete: {str(folder)!r} has {missing}: it is no run, nor a model to load")
 
 
-def _open_own(folder: Path, weights: Path | None, report: Callable[[str], None], average: bool) -> ModelFiles:
-    """A run folder with its newest good checkpoint, or an exported model."""
+def _find_checkpoint(folder: Path, step: int | None, report: Callable[[str], None]) -> checkpoint.Checkpoint:
+    """A run's checkpoint of a step, or its newest good one."""
+    if step is not None:
+        return checkpoint.at_step(folder, step)
+    found = checkpoint.latest(folder, report=report, with_optimizer=False)
+    if found is None:
+        raise UsageError(f"run folder {str(folder)!r} has no good checkpoint: train it first")
+    return found
+
+
+def _open_own(
+    folder: Path, weights: Path | None, find_checkpoint: Callable[[], checkpoint.Checkpoint], average: bool
+) -> ModelFiles:
+    """A run folder with one of its checkpoints, or an exported model."""
     resolved, preprocess = read_resolved(folder / RESOLVED), read_preprocess(folder / PREPROCESS)
     named = next((folder / name for name in (MODEL_FILE, JSON_FILE) if (folder / name).exists()), folder / MODEL_FILE)
     tokenizer = open_tokenizer(_run_tokenizer(named), resolved.tokens)
@@ -134,9 +154,7 @@ def _open_own(folder: Path, weights: Path | None, report: Callable[[str], None],
     if exported.is_file():
         tensors, where = read_weights(exported), exported
     else:
-        found = checkpoint.latest(folder, report=report, with_optimizer=False)
-        if found is None:
-            raise UsageError(f"run folder {str(folder)!r} has no good checkpoint: train it first")
+        found = find_checkpoint()
         try:
             tensors, where = (found.average() if average else None) or found.model(), found.path
         except (OSError, SafetensorError) as error:

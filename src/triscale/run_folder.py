@@ -17,7 +17,7 @@ from triscale import __version__, distributed
 from triscale.config import LANES, Phases, RunConfig, lanes, read_recipe, refuse_changes, to_dict
 from triscale.data.tokenizer import JSON_FILE, MODEL_FILE, file_name
 from triscale.errors import LostProcess, RunError, UsageError
-from triscale.evaluation.suite import Results
+from triscale.evaluation.suite import RESULTS, Results
 from triscale.models.hf_text import self_contained
 from triscale.training.checkpoint import Checkpoint, latest
 from triscale.training.plan import LanePlan
@@ -34,7 +34,7 @@ class Files:
         self.resolved = folder / "resolved.json"
         self.preprocess = folder / "preprocess.json"
         self.quarantine = folder / "quarantine.jsonl"
-        self.results = folder / "results.json"
+        self.results = folder / RESULTS
         self.picture = folder / "guesses.png"
 
 

@@ -231,12 +231,7 @@ def _scores(run: Run, steps: int) -> dict[str, float]:
 
 
 def finish(run: Run) -> None:
-    """Evaluate a trained run: results.json, a picture of test images with their guesses, the table on stdout."""
+    """Evaluate a trained run: results, predictions, a picture of test images with guesses, the table on stdout."""
     with evaluating(run.model, run.average):
-        publish(
-            run.files,
-            evaluate(run.encoder, run.sets, run.config.data.shifts),
-            title=f"Triscale: {run.recipe}",
-            encoder=run.encoder,
-            sets=run.sets,
-        )
+        evaluation = evaluate(run.encoder, run.sets, run.config.data.shifts)
+    publish(run.files, evaluation, title=f"Triscale: {run.recipe}", sets=run.sets)

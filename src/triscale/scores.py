@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from triscale import distributed
-from triscale.evaluation.encoder import Encoder
 from triscale.evaluation.picture import GuessRow, draw_guesses
 from triscale.evaluation.sets import EvaluationSet
-from triscale.evaluation.suite import Evaluation, Results, results_table, write_results
+from triscale.evaluation.suite import Evaluation, Results, write_evaluation
+from triscale.evaluation.tables import results_table
 from triscale.evaluation.zeroshot import top_guesses
 from triscale.run_folder import Files
 
@@ -27,33 +27,23 @@ def headline(results: Results) -> dict[str, float]:
     return scores if results["shift_mean"] is None else {**scores, "shift_mean": results["shift_mean"]}
 
 
-def publish(
-    files: Files,
-    evaluation: Evaluation,
-    *,
-    title: str,
-    encoder: Encoder,
-    sets: Sequence[EvaluationSet],
-) -> None:
-    """Write results.json and a picture of test images with the model's guesses, and print the table.
+def publish(files: Files, evaluation: Evaluation, *, title: str, sets: Sequence[EvaluationSet]) -> None:
+    """Write results, predictions and a picture of test images with the model's guesses, and print the table.
 
-    Rank 0 does so; all call it, for a model that they hold together. Sets of retrieval have no guesses; without any
-    other there is no picture.
+    Rank 0 alone. Sets of retrieval have no guesses; without any other there is no picture.
     """
-    first = distributed.rank() == 0
+    if distributed.rank() != 0:
+        return
     rows = [
         GuessRow(
             name=each.name,
             note=f"top-1 {float(evaluation.results['sets'][each.name]['top1']):.1%} of {len(each.classnames)} classes",
-            guesses=top_guesses(encoder, each, count=PICTURE_IMAGES),
+            guesses=top_guesses(each, evaluation.predictions[each.name], count=PICTURE_IMAGES),
         )
         for each in sets
-        if first and each.task == "classification"
+        if each.task == "classification"
     ]
-    encoder.finish()
-    if not first:
-        return
-    write_results(files.results, evaluation.results)
+    write_evaluation(files.folder, evaluation)
     if rows:
         draw_guesses(files.picture, title, rows)
     show(files, evaluation.results)

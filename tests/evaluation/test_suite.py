@@ -16,7 +16,8 @@ import ranks
 import toy_sets
 from triscale.errors import RunError, UsageError
 from triscale.evaluation.datasets import open_set, open_sets
-from triscale.evaluation.suite import Results, evaluate, results_table, write_results
+from triscale.evaluation.suite import Results, evaluate, write_results
+from triscale.evaluation.tables import results_table
 
 LABELS = tuple(int(number * number) % 12 for number in range(60))
 CAPTIONS = [f"kind {n}\nkind {n} again" if n % 3 else f"kind {n}" for n in range(25)]

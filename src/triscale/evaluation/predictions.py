@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
@@ -15,6 +16,8 @@ from safetensors.numpy import save
 
 from triscale.data.samples import REASONS
 from triscale.errors import RunError, UsageError, first_line
+from triscale.evaluation.sets import EvaluationSet
+from triscale.randomness import derive_seed
 
 GUESSES = 5
 """Likeliest classes that are kept of each image."""
@@ -22,6 +25,7 @@ EMBEDDINGS = 1000
 """Most embeddings that are kept of a set."""
 MAX_BYTES = 2**32
 """Largest file that is read."""
+LONGEST_FILE_NAME = 150
 _BAD = "bad"
 
 
@@ -41,6 +45,8 @@ class Predictions:
     """Of these guesses: softmax(logit scale * cosine) over the classes allowed."""
     in_slices: Bool[np.ndarray, "n s"]
     """Whether it is in each of the set's slices, in their order."""
+    at_levels: Bool[np.ndarray, "n l"]
+    """Whether the likeliest class is in the group of a right one at each of the set's levels, in their order."""
     embedded: Int64[np.ndarray, " e"]
     """Rows of which there is an embedding: at most 1,000, evenly spread."""
     embeddings: Float32[np.ndarray, "e d"]
@@ -52,6 +58,16 @@ class Predictions:
         """n."""
         return len(self.samples)
 
+    def require_fit(self, evaluation_set: EvaluationSet) -> None:
+        """Raise UsageError unless these can be predictions of the set, which may have changed since."""
+        classes = len(evaluation_set.classnames)
+        indices = ((self.samples, len(evaluation_set)), (self.labels, classes), (self.guesses, classes))
+        columns = (self.in_slices, evaluation_set.slices), (self.at_levels, evaluation_set.levels)
+        if any(array.size and array.max() >= limit for array, limit in indices) or any(
+            array.shape[1] != len(names) for array, names in columns
+        ):
+            raise UsageError(f"predictions of evaluation set {evaluation_set.name!r} are of other samples or classes")
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, in place of what is there only once it is complete on the disk.
 
@@ -59,7 +75,7 @@ class Predictions:
             RunError: it can't be written.
         """
         content = save(
-            {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS},
+            {name: np.ascontiguousarray(getattr(self, name)) for name in _FORM},
             metadata={_BAD: json.dumps(dict(sorted(self.bad.items())))},
         )
         write_whole(Path(path), content, "predictions")
@@ -78,26 +94,44 @@ class Predictions:
             if path.stat().st_size > MAX_BYTES:
                 raise ValueError(f"it has more than {MAX_BYTES / 2**30:.0f} GiB")
             with safe_open(path, "numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+                arrays = {name: file.get_tensor(name) for name in _FORM}
                 bad = json.loads((file.metadata() or {})[_BAD])
             _check(arrays, bad)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise UsageError(f"predictions {str(path)!r} cannot be read: {first_line(error)}") from error
         return cls(**arrays, bad=bad)
 
 
-_ARRAYS = tuple(each.name for each in fields(Predictions) if each.name != _BAD)
-_KINDS = dict(zip(_ARRAYS, ["i8", "i8", "i8", "i8", "f4", "b1", "i8", "f4"], strict=True))
-_AXES = dict(zip(_ARRAYS, ["n", "n", "n", "nt", "nt", "ns", "e", "ed"], strict=True))
+def predictions_file(folder: Path, name: str) -> Path:
+    """Where a run folder, or that of `triscale eval --output`, holds the predictions of the set `name`."""
+    spelled = quote(name, safe=" ", errors="surrogateescape")
+    if len(spelled) > LONGEST_FILE_NAME:
+        spelled = f"{spelled[:LONGEST_FILE_NAME]}-{derive_seed(name):016x}"
+    return folder / "predictions" / f"{spelled}.safetensors"
+
+
+_FORM = {
+    "samples": ("i8", "n"),
+    "labels": ("i8", "n"),
+    "ahead": ("i8", "n"),
+    "guesses": ("i8", "nt"),
+    "probabilities": ("f4", "nt"),
+    "in_slices": ("b1", "ns"),
+    "at_levels": ("b1", "nl"),
+    "embedded": ("i8", "e"),
+    "embeddings": ("f4", "ed"),
+}
+"""Type and axes of every array of `Predictions`; axes of one letter are as long as each other."""
 
 
 def _check(arrays: Mapping[str, np.ndarray], bad: object) -> None:
     """Raise ValueError unless shapes, dtypes and indices are those of predictions."""
     sizes: dict[str, int] = {}
     for name, array in arrays.items():
-        if array.dtype != np.dtype(_KINDS[name]) or array.ndim != len(_AXES[name]):
+        kind, axes = _FORM[name]
+        if array.dtype != np.dtype(kind) or array.ndim != len(axes):
             raise ValueError(f"{name} is {array.dtype} of {array.ndim} axes")
-        for axis, size in zip(_AXES[name], array.shape, strict=True):
+        for axis, size in zip(axes, array.shape, strict=True):
             if sizes.setdefault(axis, size) != size:
                 raise ValueError(f"{name} has {size} rows or columns where others have {sizes[axis]}")
     if any(arrays[name].size and arrays[name].min() < 0 for name in ("samples", "labels", "ahead", "guesses")):

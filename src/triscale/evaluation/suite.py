@@ -7,37 +7,21 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
-from rich import box
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from triscale.errors import UsageError
 from triscale.evaluation.encoder import Encoder
-from triscale.evaluation.predictions import Predictions, write_whole
-from triscale.evaluation.retrieval import DEPTHS, evaluate_retrieval
+from triscale.evaluation.predictions import Predictions, predictions_file, write_whole
+from triscale.evaluation.retrieval import evaluate_retrieval
 from triscale.evaluation.sets import EvaluationSet
-from triscale.evaluation.zeroshot import build_classifier, evaluate_classification
+from triscale.evaluation.zeroshot import build_classifier, classification_scores, predict
 
-LONGEST_NAME = 40
-SHOWN_LABELS = 5
+RESULTS = "results.json"
 
-SetResult = dict[str, str | int | float]
+SetResult = dict[str, Any]
 """Of one set: "task", "samples" and its scores, fractions of 1 (see the functions that make them)."""
-
-
-COLUMNS = {
-    "classification": {"top1": "top-1", "top5": "top-5", "mean_per_class": "per class"},
-    "retrieval": {
-        f"{way}_recall@{depth}": f"{found if depth == 1 else ''}@{depth}"
-        for way, found in (("image_to_text", "text"), ("text_to_image", "image"))
-        for depth in DEPTHS
-    },
-}
-"""By task, the scores that the table shows, and what it calls them."""
 
 
 class Results(TypedDict):
@@ -83,16 +67,22 @@ def evaluate(encoder: Encoder, sets: Sequence[EvaluationSet], shifts: Sequence[s
     """
     check_shifts(sets, shifts)
     scored: dict[str, SetResult] = {}
-    classifiers: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}  # sets often share names and templates
+    predictions: dict[str, Predictions] = {}
+    classifiers: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
+
+    def classifier(each: EvaluationSet) -> Tensor:
+        prompts = (each.classnames, each.templates)  # which sets often share
+        if prompts not in classifiers:
+            classifiers[prompts] = build_classifier(encoder, each)
+        return classifiers[prompts]
+
     for each in sets:
         if each.task == "retrieval":
             scored[each.name] = evaluate_retrieval(encoder, each)
-            continue
-        prompts = (each.classnames, each.templates)
-        if prompts not in classifiers:
-            classifiers[prompts] = build_classifier(encoder, each)
-        scored[each.name] = evaluate_classification(encoder, each, classifiers[prompts])
-    return Evaluation(results=_with_shifts(scored, shifts), predictions={})
+        else:
+            predictions[each.name] = predict(encoder, each, classifier)
+            scored[each.name] = classification_scores(each, predictions[each.name])
+    return Evaluation(results=_with_shifts(scored, shifts), predictions=predictions)
 
 
 def _with_shifts(scored: dict[str, SetResult], shifts: Sequence[str]) -> Results:
@@ -113,55 +103,12 @@ def write_results(path: str | os.PathLike[str], results: Results) -> None:
     write_whole(Path(path), text.encode(), "results")
 
 
-def results_table(results: Results) -> Group:
-    """Results for the terminal, a table for each task: a row a set, scores in percent, and what guessing reaches."""
-    tables: list[Table | Text] = []
-    for task, columns in COLUMNS.items():
-        rows = {name: result for name, result in results["sets"].items() if result["task"] == task}
-        if rows:
-            tables.append(_table(rows, columns))
-    if results["shift_mean"] is not None and results["drop"] is not None:
-        mean, drop = _percent(results["shift_mean"]), _percent(results["drop"])
-        tables.append(Text(f" mean top-1 over shifted sets {mean} %, drop {drop} points"))
-    return Group(*tables)
+def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Write predictions/NAME.safetensors of every classification set, and results.json when these are complete.
 
-
-def _table(rows: Mapping[str, SetResult], columns: Mapping[str, str]) -> Table:
-    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    table.add_column("set", no_wrap=True, overflow="ellipsis", max_width=LONGEST_NAME)
-    has_bad = any("bad" in result for result in rows.values())
-    for header in ("samples", *(("bad",) if has_bad else ()), *columns.values()):
-        table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("chance", justify="right", no_wrap=True, style="dim")
-    for name, result in rows.items():
-        bad = (f"{int(result.get('bad', 0)):,}",) if has_bad else ()
-        scores = (_percent(float(result[key])) for key in columns)
-        samples = f"{int(result['samples']):,}"
-        table.add_row(printable(name, LONGEST_NAME), samples, *bad, *scores, _percent(_chance(result)))
-    return table
-
-
-def printable(name: str, longest: int) -> Text:
-    """A user's name as plain text for the terminal: no markup, no control characters, at most `longest` long."""
-    kept = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name[: longest + 1])
-    return Text(kept if len(kept) <= longest else kept[: longest - 1] + "…")
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}"
-
-
-def _chance(result: SetResult) -> float:
-    """Expected top-1, or recall@1 of texts, of a model that guesses."""
-    return 1 / int(result["classes"] if result["task"] == "classification" else result["samples"])
-
-
-def guesses_table(images: Sequence[str], labels: Sequence[str], probabilities: Sequence[Sequence[float]]) -> Table:
-    """The likeliest labels of each image, for the terminal."""
-    table = Table("image", "label", "probability")
-    for path, row in zip(images, probabilities, strict=True):
-        best = sorted(range(len(labels)), key=row.__getitem__, reverse=True)[:SHOWN_LABELS]
-        for place, index in enumerate(best):
-            name = printable(path, 80) if place == 0 else ""
-            table.add_row(name, printable(labels[index], 60), f"{row[index]:.1%}")
-    return table
+    Raises:
+        RunError: they can't be written.
+    """
+    for name, each in evaluation.predictions.items():
+        each.save(predictions_file(folder, name))
+    write_results(folder / RESULTS, evaluation.results)

@@ -153,6 +153,34 @@ def latest(
     return None
 
 
+def at_step(folder: Path, step: int) -> Checkpoint:
+    """A run's checkpoint of a step; its optimizer need not be whole. Reads only.
+
+    Raises:
+        UsageError: it is not there, or damaged.
+    """
+    for path in _steps(folder / "checkpoints"):
+        if _step_of(path) == step:
+            try:
+                return _read(path, with_optimizer=False)
+            except (OSError, ValueError) as error:
+                raise UsageError(f"checkpoint {str(path)!r} is damaged: {error}") from error
+    there = ", ".join(str(_step_of(path)) for path in _steps(folder / "checkpoints"))
+    raise UsageError(f"run folder {str(folder)!r} has no checkpoint of step {step}; there is {there or 'none'}")
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix(_STEP))
+
+
+def split_checkpoint(path: Path) -> tuple[Path, int | None]:
+    """The run folder and step of RUN/checkpoints/step_00001234; any other path as it is, and None."""
+    number = path.name.removeprefix(_STEP)
+    if path.parent.name == "checkpoints" and path.name.startswith(_STEP) and number.isdecimal():
+        return path.parents[1], int(number)
+    return path, None
+
+
 def require_same(found: Checkpoint | None, device: torch.device) -> None:
     """Raise RunError, on all ranks, if they have not found the same checkpoint. A collective.
 
@@ -263,11 +291,11 @@ def _digest(content: object) -> str:
 def _steps(parent: Path) -> list[Path]:
     """The checkpoint folders, oldest first."""
     found = [path for path in parent.glob(f"{_STEP}*") if path.name.removeprefix(_STEP).isdecimal() and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_STEP)))
+    return sorted(found, key=_step_of)
 
 
 def _prune(parent: Path, step: int, keep: int) -> None:
-    newest = [path for path in _steps(parent) if int(path.name.removeprefix(_STEP)) <= step][-keep:]
+    newest = [path for path in _steps(parent) if _step_of(path) <= step][-keep:]
     for path in _steps(parent):
         if path not in newest:
             _discard(path)
