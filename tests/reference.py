@@ -215,7 +215,7 @@ def lars(
 
 
 def rank_of(scores: list[float], right: int, allowed: list[int]) -> int:
-    """Classes of `allowed` ranking before `right`; of equal scores the lower index first. Those not allowed are last."""
+    """Classes of `allowed` ranking before `right`, of equal scores the lower index first; all if it is not there."""
     if right not in allowed:
         return len(allowed)
     ranking = sorted(allowed, key=lambda index: (-scores[index], index))

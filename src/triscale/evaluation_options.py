@@ -25,7 +25,7 @@ class EvalOptions:
     """Step of the run's checkpoint to take, during training too. None: the newest."""
     device: str = "cpu"
     """cpu, cuda or mps."""
-    batch_size: int = 64
+    batch_size: int = 256
     """Images, or texts, embedded at once."""
     workers: int | None = None
     """Processes that read and decode images; 0: the one that embeds them does. None: all cores but one, or half of them

@@ -16,7 +16,7 @@ import ranks
 import toy_sets
 from triscale.errors import RunError, UsageError
 from triscale.evaluation.datasets import open_set, open_sets
-from triscale.evaluation.suite import Results, evaluate, write_results
+from triscale.evaluation.suite import Evaluation, Results, evaluate, write_evaluation, write_results
 from triscale.evaluation.tables import results_table
 
 LABELS = tuple(int(number * number) % 12 for number in range(60))
@@ -32,25 +32,49 @@ def sets_of(folder: Path) -> Path:
     return folder
 
 
-def evaluate_all(rank: int, world: int, folder: str, batch_size: int) -> Results:
+def evaluate_all(rank: int, world: int, folder: str, batch_size: int, workers: int = 0) -> Evaluation:
+    """With a set that has every complication beside those on disk."""
     sets = open_sets(["wds_first", "wds_*"], folder)
-    return evaluate(toy_sets.encoder(batch_size), sets, shifts=("other", "strange")).results
+    demanding = dataclasses.replace(
+        sets[0],
+        name="demanding",
+        multi_label=True,
+        right_labels={f"{n:04}": (n % 12, (n + 5) % 12)[: n % 3] for n in range(60)},
+        allowed=(1, 2, 4, 5, 6, 8, 11),
+        levels={"groups": tuple(n // 4 for n in range(12))},
+        slices={"even": frozenset(f"{n:04}" for n in range(0, 60, 2))},
+    )
+    encoder = dataclasses.replace(toy_sets.encoder(batch_size), workers=workers)
+    return evaluate(encoder, [*sets, demanding], shifts=("other", "strange"))
 
 
-def evaluate_both(rank: int, world: int, folder: str) -> list[Any]:
+def written_by(rank: int, world: int, folder: str, output: str, workers: int) -> None:
     """With batches of 7 every process has several; one of 256 holds a whole set, so most processes have none."""
-    return [evaluate_all(rank, world, folder, batch_size) for batch_size in (7, 256)]
+    for batch_size in (7, 256):
+        write_evaluation(Path(output, f"{batch_size}-{rank}"), evaluate_all(rank, world, folder, batch_size, workers))
 
 
-def test_three_processes_find_exactly_what_one_finds(tmp_path: Path) -> None:
-    folder = str(sets_of(tmp_path))
-    results = ranks.run_ranks(evaluate_both, 3, folder)
-    assert results == [evaluate_both(0, 1, folder)] * 3
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_one_of_three_processes_writes_the_very_bytes_that_one_alone_does(tmp_path: Path, workers: int) -> None:
+    folder = str(sets_of(tmp_path / "sets"))
+    written_by(0, 1, folder, str(tmp_path / "alone"), 0)
+    ranks.run_ranks(written_by, 3, folder, str(tmp_path / "three"), workers)
+    for batch_size in (7, 256):
+        alone = tmp_path / "alone" / f"{batch_size}-0"
+        files = sorted(path.relative_to(alone) for path in alone.rglob("*") if path.is_file())
+        assert [path.name for path in files] == [
+            *(f"{name}.safetensors" for name in ("demanding", "first", "other", "strange")),
+            "results.json",
+        ]
+        for rank in range(3):
+            for path in files:
+                three = tmp_path / "three" / f"{batch_size}-{rank}" / path
+                assert three.read_bytes() == (alone / path).read_bytes(), three
 
 
 def test_the_drop_is_from_the_first_set_to_the_mean_of_the_shifted(tmp_path: Path) -> None:
-    results = evaluate_all(0, 1, str(sets_of(tmp_path)), 7)
-    assert list(results["sets"]) == ["first", "other", "pictures", "strange"]
+    results = evaluate_all(0, 1, str(sets_of(tmp_path)), 7).results
+    assert list(results["sets"]) == ["first", "other", "pictures", "strange", "demanding"]
     first, other, strange = (float(results["sets"][name]["top1"]) for name in ("first", "other", "strange"))
     assert len({first, other, strange}) == 3
     assert results["shift_mean"] == pytest.approx((other + strange) / 2)
@@ -87,6 +111,7 @@ def test_sets_that_ask_the_same_of_a_model_share_one_classifier(tmp_path: Path) 
 
 def results_of(names: tuple[str, ...]) -> Results:
     scores = {"task": "classification", "samples": 1234, "classes": 8, "top1": 0.5, "top5": 1.0, "mean_per_class": 0.25}
+    scores |= {"top1_interval": [0.471, 0.5288], "mean_per_class_interval": [0.2, 0.3], "ece": 0.0321}
     recall = {f"{way}_recall@{k}": k / 16 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
     sets: dict[str, Any] = {name: dict(scores) for name in names}
     sets["pictures"] = {"task": "retrieval", "samples": 50, "captions": 99, **recall, "bad": 3}
@@ -99,13 +124,32 @@ def printed(results: Results, width: int = 160) -> str:
     return console.export_text()
 
 
+def row_of(text: str, name: str) -> list[str]:
+    return next(line for line in text.splitlines() if name in line).split()
+
+
 def test_the_table_shows_every_score_in_percent_with_the_level_of_chance() -> None:
     text = printed(results_of(("val",)))
-    row = next(line for line in text.splitlines() if "val" in line)
-    assert row.split() == ["val", "1,234", "50.0", "100.0", "25.0", "12.5"]
+    assert row_of(text, "val") == ["val", "1,234", "50.0", "47.1–52.9", "100.0", "25.0", "20.0–30.0", "3.2", "12.5"]
     assert "mean top-1 over shifted sets 37.5 %, drop 12.5 points" in text
-    row = next(line for line in text.splitlines() if "pictures" in line)
-    assert row.split() == ["pictures", "50", "3", "6.2", "31.2", "62.5", "6.2", "31.2", "62.5", "2.0"]
+    assert row_of(text, "pictures") == ["pictures", "50", "3", "6.2", "31.2", "62.5", "6.2", "31.2", "62.5", "2.0"]
+
+
+def test_results_of_before_there_were_intervals_are_shown_without() -> None:
+    results = results_of(("val",))
+    for key in ("top1_interval", "mean_per_class_interval", "ece"):
+        del results["sets"]["val"][key]
+    assert row_of(printed(results), "val") == ["val", "1,234", "50.0", "100.0", "25.0", "12.5"]
+
+
+def test_what_a_set_is_divided_into_stands_below_it() -> None:
+    results = results_of(("val",))
+    results["sets"]["val"] |= {"levels": {"synonyms": 0.75}, "slices": {"[red]hard": {"samples": 12, "top1": 0.25}}}
+    results["sets"]["val"] |= {"unlabelled": 7, "allowed_classes": 4}
+    text = printed(results, width=80)
+    assert row_of(text, "val") == ["val", "1,234", "7", "50.0", "100.0", "25.0", "25.0"]
+    assert row_of(text, "synonyms") == ["synonyms", "75.0"]
+    assert row_of(text, "[red]hard") == ["[red]hard", "12", "25.0"]
 
 
 def test_names_in_the_table_are_neither_markup_nor_control_codes_and_take_one_line() -> None:
@@ -116,8 +160,10 @@ def test_names_in_the_table_are_neither_markup_nor_control_codes_and_take_one_li
 
 
 def test_the_table_fits_eighty_columns() -> None:
-    text = printed(results_of(("fluent-emoji-high-contrast",)), width=80)
-    assert "fluent-emoji-high-contrast" in text and "…" not in text
+    for width, wide in ((80, False), (120, True)):
+        text = printed(results_of(("fluent-emoji-high-contrast",)), width=width)
+        assert "fluent-emoji-high-contrast" in text and "…" not in text
+        assert ("47.1–52.9" in text) == wide == ("ECE" in text)
 
 
 def test_written_results_are_read_back_equal_whatever_the_names(tmp_path: Path) -> None:

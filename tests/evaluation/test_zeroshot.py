@@ -10,13 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+import reference
 import toy_sets
-from triscale.errors import RunError
+from triscale.errors import RunError, UsageError
+from triscale.evaluation import zeroshot
 from triscale.evaluation.datasets import open_set
 from triscale.evaluation.encoder import Encoder
 from triscale.evaluation.sets import EvaluationSet
-from triscale.evaluation.zeroshot import classes_ahead, classification_scores, predict, top_guesses
+from triscale.evaluation.zeroshot import (
+    build_classifier,
+    classes_ahead,
+    classification_scores,
+    likeliest,
+    predict,
+    top_guesses,
+)
 
 
 def scores_of(encoder: Encoder, examples: EvaluationSet) -> dict[str, Any]:
@@ -134,3 +145,107 @@ def test_guesses_are_no_more_than_there_are_images_and_classes(tmp_path: Path) -
     examples = open_set(str(toy_sets.write_set(tmp_path / "set", names=("a", "b"), labels=(1, 0), bad=(0,))))
     guesses = top_guesses(examples, predict(toy_sets.encoder(), examples), count=5)
     assert [len(guess.names) for guess in guesses] == [2]
+
+
+RIGHT = {f"{n:04}": tuple({n % 12, n * 5 % 12, n * n % 12}) if n % 7 else () for n in range(60)}
+GROUPS = tuple(n // 4 for n in range(12))
+
+
+def demanding_set(folder: Path) -> EvaluationSet:
+    """One with every complication: several right labels or none, a mask, merged names, levels, slices, bad images."""
+    plain = open_set(str(toy_sets.write_set(folder / "demanding", labels=LABELS, bad=(5, 31))))
+    return dataclasses.replace(
+        plain,
+        multi_label=True,
+        right_labels=RIGHT,
+        allowed=(1, 2, 4, 5, 6, 8, 11),
+        levels={"groups": GROUPS, "halves": tuple(n // 6 for n in range(12))},
+        slices={"first": frozenset(f"{n:04}" for n in range(20)), "none": frozenset({"nowhere"})},
+    )
+
+
+def test_masks_several_right_labels_levels_and_slices_are_scored_as_loops_do(tmp_path: Path) -> None:
+    examples, encoder = demanding_set(tmp_path), toy_sets.encoder(7)
+    found = predict(encoder, examples)
+    scores = classification_scores(examples, found)
+    classifier = build_classifier(encoder, examples)
+    allowed = list(examples.allowed or ())
+    ranks, at_level, hits, sure = [], [], {}, []
+    for row, sample in enumerate(found.samples.tolist()):
+        example = examples.read(sample)
+        cosines = (encoder.embed_images([example.image]) @ classifier.T)[0].double().tolist()
+        labels = RIGHT[example.key]
+        rank, label = min((reference.rank_of(cosines, label, allowed), labels.index(label)) for label in labels)
+        assert (found.ahead[row], found.labels[row]) == (rank, labels[label])
+        chances = reference.softmax_loop(cosines, allowed, toy_sets.LOGIT_SCALE)
+        best = sorted(allowed, key=lambda index, chances=chances: (-chances[index], index))[:5]
+        assert found.guesses[row].tolist() == best
+        assert found.probabilities[row].tolist() == pytest.approx([chances[index] for index in best], rel=1e-4)
+        ranks.append(rank)
+        sure.append(chances[best[0]])
+        at_level.append(GROUPS[best[0]] in {GROUPS[label] for label in labels})
+        hits[example.key] = rank == 0
+    readable = [f"{n:04}" for n in range(60) if n not in (5, 31)]
+    assert list(hits) == [key for key in readable if RIGHT[key]]
+    first = [hit for key, hit in hits.items() if key < "0020"]
+    expected = {
+        "top1": sum(hits.values()) / len(hits),
+        "top5": sum(rank < 5 for rank in ranks) / len(ranks),
+        "ece": reference.expected_calibration_error(sure, list(hits.values()), 15),
+        "unlabelled": sum(not RIGHT[key] for key in readable),
+        "bad": 2,
+        "bad_reasons": {"image-unreadable": 2},
+        "allowed_classes": 7,
+        "slices": {
+            "first": {"samples": len(first), "top1": sum(first) / len(first)},
+            "none": {"samples": 0, "top1": None},
+        },
+    }
+    assert {key: scores[key] for key in expected} == {
+        key: pytest.approx(value, abs=1e-6) if isinstance(value, float) else value for key, value in expected.items()
+    }
+    assert scores["levels"]["groups"] == pytest.approx(sum(at_level) / len(at_level))
+    assert scores["top1"] < scores["levels"]["groups"] < scores["levels"]["halves"]
+    assert scores["samples"] + scores["unlabelled"] + scores["bad"] == 60
+
+
+def test_a_class_that_may_not_be_guessed_ranks_behind_all_that_may(tmp_path: Path) -> None:
+    examples = open_set(str(toy_sets.write_set(tmp_path / "set", labels=(3, 3, 0))))
+    found = predict(toy_sets.encoder(), dataclasses.replace(examples, allowed=(0, 1)))
+    assert found.ahead.tolist()[:2] == [2, 2] and found.labels.tolist() == [3, 3, 0]
+    assert found.guesses.shape == (3, 2) and set(found.guesses.ravel().tolist()) == {0, 1}
+
+
+def test_a_mask_of_all_classes_changes_nothing(tmp_path: Path) -> None:
+    examples = open_set(str(toy_sets.write_set(tmp_path / "set", labels=LABELS)))
+    masked = dataclasses.replace(examples, allowed=tuple(range(12)))
+    scores = [scores_of(toy_sets.encoder(), each) for each in (examples, masked)]
+    assert scores[1] == scores[0] | {"allowed_classes": 12}
+
+
+def test_a_multi_label_set_without_any_label_ends_in_one_line(tmp_path: Path) -> None:
+    examples = open_set(str(toy_sets.write_set(tmp_path / "set")))
+    with pytest.raises(RunError, match="none of its 12 samples has a right class"):
+        predict(toy_sets.encoder(), dataclasses.replace(examples, multi_label=True, right_labels={}))
+
+
+@pytest.mark.parametrize(("labels", "says"), [((), "0 labels"), ((1, 2), "2 labels"), ((99,), "99 is out of range")])
+def test_right_labels_that_do_not_fit_the_set_are_refused(tmp_path: Path, labels: tuple[int, ...], says: str) -> None:
+    examples = open_set(str(toy_sets.write_set(tmp_path / "set")))
+    with pytest.raises(UsageError, match=says):
+        predict(toy_sets.encoder(), dataclasses.replace(examples, right_labels={f"{n:04}": labels for n in range(12)}))
+
+
+@given(st.lists(st.lists(st.integers(-2, 2), min_size=6, max_size=6), min_size=1, max_size=5), st.integers(1, 6))
+def test_the_likeliest_classes_are_those_of_a_stable_sort(rows: list[list[int]], most: int) -> None:
+    scores = torch.tensor(rows, dtype=torch.float32)
+    assert torch.equal(likeliest(scores, most), scores.sort(dim=1, descending=True, stable=True).indices[:, :most])
+
+
+def test_embeddings_are_kept_of_samples_all_over_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zeroshot, "EMBEDDINGS", 10)
+    examples = open_set(str(toy_sets.write_set(tmp_path / "set", labels=LABELS, bad=(5,))))
+    found = predict(toy_sets.encoder(), examples)
+    assert found.samples[found.embedded].tolist() == [11, 17, 23, 29, 35, 41, 47, 53, 59]
+    image = examples.read(int(found.samples[found.embedded[2]])).image
+    np.testing.assert_allclose(found.embeddings[2], toy_sets.encoder().embed_images([image])[0].numpy(), atol=1e-6)
