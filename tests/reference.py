@@ -262,3 +262,30 @@ def median_loop(values: list[int]) -> float:
     ordered = sorted(values)
     half = len(ordered) // 2
     return float(ordered[half]) if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def retrieval_order(images: Tensor, texts: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+    """For each image all texts, for each text all images, best first; of equal scores the lower index first."""
+    scores = (images @ texts.T).tolist()
+    n, m = len(images), len(texts)
+    of_images = [sorted(range(m), key=lambda t: (-scores[i][t], t)) for i in range(n)]
+    of_texts = [sorted(range(n), key=lambda i: (-scores[i][t], i)) for t in range(m)]
+    return of_images, of_texts
+
+
+def retrieval_ranks(images: Tensor, texts: Tensor, image_of_text: list[int]) -> tuple[list[int], list[int]]:
+    """Rank, from 1, of each image's first right text, and of each text's image."""
+    of_images, of_texts = retrieval_order(images, texts)
+    found_texts = [
+        next(rank for rank, t in enumerate(order, start=1) if image_of_text[t] == i) for i, order in enumerate(of_images)
+    ]
+    found_images = [order.index(image_of_text[t]) + 1 for t, order in enumerate(of_texts)]
+    return found_texts, found_images
+
+
+def recall_at(images: Tensor, texts: Tensor, image_of_text: list[int], k: int) -> tuple[float, float]:
+    """Recall of texts and of images as CLIP has it: a query counts if a right candidate is among its k best."""
+    of_images, of_texts = retrieval_order(images, texts)
+    texts_found = sum(any(image_of_text[t] == i for t in order[:k]) for i, order in enumerate(of_images))
+    images_found = sum(image_of_text[t] in order[:k] for t, order in enumerate(of_texts))
+    return texts_found / len(images), images_found / len(texts)

@@ -18,6 +18,8 @@ def on_rank(rank: int, world: int) -> dict[str, torch.Tensor]:
     return {
         "counts": torch.tensor(distributed.row_counts(COUNTS[rank])),
         "gathered": distributed.all_gather_rows(mine, COUNTS),
+        "gathered parts": distributed.all_gather_parts(parts := list(mine.split(2)), mine[:0]),
+        "parts left": torch.tensor(len(parts)),
         "scattered": distributed.reduce_scatter_rows(everything, COUNTS),
         "largest": distributed.all_reduce_max(torch.tensor(rank)),
         "smallest": distributed.all_reduce_min(torch.tensor(rank)),
@@ -34,7 +36,8 @@ def test_collectives_on_three_processes_with_uneven_rows() -> None:
     for rank, result in enumerate(results):
         first = sum(COUNTS[:rank])
         assert result["counts"].tolist() == COUNTS
-        assert torch.equal(result["gathered"], expected)
+        assert torch.equal(result["gathered"], expected) and torch.equal(result["gathered parts"], expected)
+        assert int(result["parts left"]) == 0
         assert torch.equal(result["scattered"], whole[first : first + COUNTS[rank]])
         assert (int(result["largest"]), int(result["smallest"])) == (2, 0)
         assert result["first of pair"].tolist() == [3.0] and result["second of pair"].tolist() == [[6, 3]]
@@ -46,5 +49,7 @@ def test_on_one_process_every_collective_is_the_identity() -> None:
     assert distributed.row_counts(4) == [4]
     assert distributed.all_gather_rows(rows, [4]) is rows
     assert distributed.reduce_scatter_rows(rows, [4]) is rows
+    assert torch.equal(distributed.all_gather_parts([rows[:1], rows[1:]], rows[:0]), rows)
+    assert distributed.all_gather_parts([], rows[:0]).shape == (0, 2)
     assert distributed.all_reduce_sum(rows) is rows
     assert distributed.rows_of(5) == range(5)

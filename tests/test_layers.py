@@ -27,8 +27,8 @@ losses: dense tiled contrastive info_nce sigmoid nt_xent classification __init__
 training: __init__ settings host_memory parallel memory plan recovery remat batch_norm compilation staging lane step
 training: lockstep verify schedule adafactorw lars optim tensor_file checkpoint ema starvation log loop
 training: frozen initial
-evaluation: __init__ settings sets datasets encoder predictions metrics zeroshot retrieval robustness suite
-evaluation: tables picture
+evaluation: __init__ settings sets datasets encoder array_file predictions metrics zeroshot ranking matches retrieval
+evaluation: robustness suite tables picture
 config validation run_folder hub model_files inference onnx_graphs exporting
 recipes: scenes emoji clipart basic __init__
 options evaluation_options arguments assembly model_assembly feature_cache feed scores

@@ -163,6 +163,28 @@ def all_gather_rows(tensor: Tensor, counts: list[int]) -> Tensor:
     return torch.cat([rows[:n] for rows, n in zip(parts, counts, strict=True)], out=gathered)
 
 
+def all_gather_parts(parts: list[Tensor], like: Tensor) -> Tensor:
+    """Concatenate the rows of all parts of every rank, in rank order, where little more than the result can be held.
+
+    Args:
+        parts: each (n, ...); taken out of the list as they are copied, so that their memory can be had again.
+        like: what rows are like, on all ranks: (0, ...).
+    """
+    counts = row_counts(sum(len(part) for part in parts), like.device)
+    gathered = like.new_empty((sum(counts), *like.shape[1:]))
+    shares = gathered.split(counts)
+    mine, place = shares[rank()], 0
+    parts.reverse()
+    while parts:
+        part = parts.pop()
+        mine[place : place + len(part)] = part
+        place += len(part)
+    for source, share in enumerate(shares):
+        if len(share):
+            start_broadcast(share, source).wait()
+    return gathered
+
+
 def reduce_scatter_rows(tensor: Tensor, counts: list[int]) -> Tensor:
     """Sum `tensor` (sum(counts), ...) over ranks and return this rank's rows (counts[rank], ...)."""
     if world_size() == 1:

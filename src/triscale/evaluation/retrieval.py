@@ -26,8 +26,6 @@ from triscale.errors import RunError
 from triscale.evaluation.encoder import Encoder, read_batches
 from triscale.evaluation.sets import EvaluationSet
 
-TILE_ROWS = 1024
-TILE_COLUMNS = 4096
 DEPTHS = (1, 5, 10)
 
 
@@ -52,68 +50,6 @@ def evaluate_retrieval(encoder: Encoder, evaluation_set: EvaluationSet) -> dict[
         result |= {f"{way}_recall@{depth}": int((ahead < depth).sum()) / len(ahead) for depth in DEPTHS}
     bad += evaluation_set.skipped
     return result | ({"bad": bad} if bad else {})
-
-
-def candidates_ahead(
-    images: Float[Tensor, "n d"],
-    texts: Float[Tensor, "m d"],
-    image_of_text: Int[Tensor, " m"],
-    tile_rows: int = TILE_ROWS,
-    tile_columns: int = TILE_COLUMNS,
-) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
-    """For each image how many texts score above its best caption, and for each text how many images above its own.
-
-    Args:
-        images, texts: embeddings, equal on every process.
-        image_of_text: the index of each text's image, ascending; every image occurs.
-        tile_rows, tile_columns: sides of the largest block of scores that is held.
-    """
-    tiles = list(_tiles(len(images), len(texts), tile_rows, tile_columns))
-    own_score = _scores_of_positives(images, texts, image_of_text, tiles)
-    best_score = own_score.new_full((len(images),), -torch.inf)
-    best_score.scatter_reduce_(0, image_of_text, own_score, "amax")
-    text_index = torch.arange(len(texts), device=texts.device)
-    is_best = own_score == best_score[image_of_text]
-    best_text = torch.full_like(best_score, len(texts), dtype=torch.int64)
-    best_text.scatter_reduce_(0, image_of_text[is_best], text_index[is_best], "amin")
-
-    image_index = torch.arange(len(images), device=images.device)
-    texts_ahead, images_ahead = torch.zeros_like(image_index), torch.zeros_like(text_index)
-    for rows, columns in tiles:
-        scores = images[rows] @ texts[columns].T
-        best, own = best_score[rows, None], own_score[columns]
-        earlier_text = text_index[columns] < best_text[rows, None]
-        earlier_image = image_index[rows, None] < image_of_text[columns]
-        texts_ahead[rows] += ((scores > best) | ((scores == best) & earlier_text)).sum(dim=1)
-        images_ahead[columns] += ((scores > own) | ((scores == own) & earlier_image)).sum(dim=0)
-    return distributed.all_reduce_sum(texts_ahead), distributed.all_reduce_sum(images_ahead)
-
-
-def _tiles(n: int, m: int, tile_rows: int, tile_columns: int) -> Iterator[tuple[slice, slice]]:
-    """This process's blocks of an (n, m) matrix: a contiguous part of the rows of tiles."""
-    tile_count = -(-n // tile_rows)
-    rank, world = distributed.rank(), distributed.world_size()
-    for tile in range(tile_count * rank // world, tile_count * (rank + 1) // world):
-        for column in range(0, m, tile_columns):
-            rows = slice(tile * tile_rows, min((tile + 1) * tile_rows, n))
-            yield rows, slice(column, min(column + tile_columns, m))
-
-
-def _scores_of_positives(
-    images: Float[Tensor, "n d"],
-    texts: Float[Tensor, "m d"],
-    image_of_text: Int[Tensor, " m"],
-    tiles: list[tuple[slice, slice]],
-) -> Float[Tensor, " m"]:
-    """The score of every text with its own image, on every process."""
-    own_score = texts.new_full((len(texts),), -torch.inf)
-    for rows, columns in tiles:
-        owners = image_of_text[columns]
-        inside = ((owners >= rows.start) & (owners < rows.stop)).nonzero()[:, 0]
-        if len(inside):
-            scores = images[rows] @ texts[columns].T
-            own_score[columns.start + inside] = scores[owners[inside] - rows.start, inside]
-    return distributed.all_reduce_max(own_score)
 
 
 def _embed(encoder: Encoder, evaluation_set: EvaluationSet) -> tuple[Tensor, Tensor, Tensor, int]:
