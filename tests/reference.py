@@ -289,3 +289,16 @@ def recall_at(images: Tensor, texts: Tensor, image_of_text: list[int], k: int) -
     texts_found = sum(any(image_of_text[t] == i for t in order[:k]) for i, order in enumerate(of_images))
     images_found = sum(image_of_text[t] in order[:k] for t, order in enumerate(of_texts))
     return texts_found / len(images), images_found / len(texts)
+
+
+def effective_robustness(models: list[tuple[float, float]], base: float, shift: float) -> float:
+    """Accuracy on a shifted set beyond that of a least-squares line through other models' (base, shift) logits."""
+
+    def logit(p: float) -> float:
+        return math.log(p / (1 - p))
+
+    points = [(logit(x), logit(y)) for x, y in models]
+    mean_x, mean_y = (sum(point[axis] for point in points) / len(points) for axis in (0, 1))
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    expected = mean_y + slope * (logit(base) - mean_x)
+    return shift - 1 / (1 + math.exp(-expected))
