@@ -1,4 +1,4 @@
-"""Recall against the whole score matrix sorted, and that the package itself never holds that matrix."""
+"""Recall, median rank and examples of retrieval sets against the definitions, alone and over processes."""
 
 from __future__ import annotations
 
@@ -7,110 +7,134 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+import ranks
+import reference
 import toy_sets
 from triscale.errors import RunError
 from triscale.evaluation.datasets import open_set
-from triscale.evaluation.retrieval import candidates_ahead, evaluate_retrieval
+from triscale.evaluation.matches import Matches
+from triscale.evaluation.ranking import candidates_ahead
+from triscale.evaluation.retrieval import evaluate_retrieval, scores
 
 CAPTIONS = [f"kind {n}\n" + "\n".join(f"kind {n} of {m}" for m in range(n % 4)) for n in range(30)]
 
 
-def literal_recall(images: Tensor, texts: Tensor, image_of_text: Tensor, k: int) -> tuple[float, float]:
-    """Recall as CLIP_benchmark defines it (zeroshot_retrieval.py): a query is a hit if at least one of its positives is
-    among its k best candidates; of equal scores the earlier candidate is better."""
-    scores = images @ texts.T
-    best_texts = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    best_images = scores.T.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    text_hits = [bool((image_of_text[best_texts[image]] == image).any()) for image in range(len(images))]
-    image_hits = [bool((best_images[text] == image_of_text[text]).any()) for text in range(len(texts))]
-    return sum(text_hits) / len(images), sum(image_hits) / len(texts)
-
-
-def embeddings(rng: torch.Generator, images: int, levels: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Related embeddings of images and of one to four texts each; with `levels`, small integers, hence many ties."""
-    counts = torch.randint(1, 5, (images,), generator=rng)
-    image_of_text = torch.repeat_interleave(torch.arange(images), counts)
-    x = torch.randn(images, 6, dtype=torch.float64, generator=rng)
-    y = x[image_of_text] + torch.randn(len(image_of_text), 6, dtype=torch.float64, generator=rng)
-    if levels:
-        x, y = (x * levels).round() / levels, (y * levels).round() / levels
-    return x, y, image_of_text
-
-
-@pytest.mark.parametrize("levels", [None, 1])
-@pytest.mark.parametrize("tile", [(4, 3), (7, 50), (64, 1), (1000, 1000)])
-def test_blocks_of_any_shape_rank_as_the_sorted_matrix_does(
-    rng: torch.Generator, tile: tuple[int, int], levels: int | None
-) -> None:
-    x, y, image_of_text = embeddings(rng, 41, levels)
-    texts_ahead, images_ahead = candidates_ahead(x, y, image_of_text, *tile)
-    for k in (1, 2, 5, 10, 41):
-        found = (texts_ahead < k).double().mean().item(), (images_ahead < k).double().mean().item()
-        assert found == pytest.approx(literal_recall(x, y, image_of_text, k), abs=1e-12)
-
-
-def test_of_equal_scores_the_first_candidate_ranks_first() -> None:
-    image_of_text = torch.tensor([0, 0, 1, 2, 2])
-    texts_ahead, images_ahead = candidates_ahead(torch.ones(3, 2), torch.ones(5, 2), image_of_text, 2, 2)
-    assert texts_ahead.tolist() == [0, 2, 3]
-    assert images_ahead.tolist() == [0, 0, 1, 2, 2]
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.elements = max(self.elements, result.numel())
-        return result
-
-
-def test_no_more_than_a_block_of_scores_is_held(rng: torch.Generator) -> None:
-    x, y, image_of_text = embeddings(rng, 100)
-    with LargestTensor() as largest:
-        candidates_ahead(x, y, image_of_text, 16, 64)
-    assert 16 * 64 <= largest.elements <= max(16 * 64, y.numel())
-    assert largest.elements < len(x) * len(y) / 10
+def embedded(folder: Path, batch_size: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Embeddings of a whole set, read and embedded sample by sample, and each text's image."""
+    examples, encoder = open_set(str(folder)), toy_sets.encoder(batch_size)
+    read = [examples.read(index) for index in range(len(examples))]
+    x = encoder.embed_images([example.image for example in read])
+    y = encoder.embed_texts([text for example in read for text in example.captions])
+    return x, y, [index for index, example in enumerate(read) for _ in example.captions]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 256])
 def test_a_set_is_scored_as_the_definition_says(tmp_path: Path, batch_size: int) -> None:
-    examples = open_set(str(toy_sets.write_retrieval_set(tmp_path / "set", CAPTIONS)))
-    encoder = toy_sets.encoder(batch_size)
-    result = evaluate_retrieval(encoder, examples)
-    read = [examples.read(index) for index in range(len(examples))]
-    image_of_text = torch.tensor([index for index, example in enumerate(read) for _ in example.captions])
-    x = encoder.embed_images([example.image for example in read])
-    y = encoder.embed_texts([text for example in read for text in example.captions])
+    folder = toy_sets.write_retrieval_set(tmp_path / "set", CAPTIONS)
+    result, _ = evaluate_retrieval(toy_sets.encoder(batch_size), open_set(str(folder)))
+    x, y, image_of_text = embedded(folder, batch_size)
     assert (result["task"], result["samples"], result["captions"]) == ("retrieval", 30, len(y))
     for k in (1, 5, 10):
-        expected = literal_recall(x, y, image_of_text, k)
+        expected = reference.recall_at(x, y, image_of_text, k)
         assert 0 < expected[0] != expected[1] > 0
-        found = result[f"image_to_text_recall@{k}"], result[f"text_to_image_recall@{k}"]
-        assert found == pytest.approx(expected, abs=1e-12)
-    assert len(result) == 9
+        for found, way in zip(expected, ("image_to_text", "text_to_image"), strict=True):
+            assert result[f"{way}_recall@{k}"] == pytest.approx(found, abs=1e-12)
+            low, high = result[f"{way}_recall@{k}_interval"]
+            assert low <= found <= high and low < high
+    medians = [reference.median(each) for each in reference.retrieval_ranks(x, y, image_of_text)]
+    assert [result["image_to_text_median_rank"], result["text_to_image_median_rank"]] == medians
+    assert len(result) == 3 + 2 * (2 * 3 + 1)
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_recall_is_that_of_clip_benchmark(data: st.DataObject) -> None:
+    """Its recall@k is the share of a query's positives among the k best, and a query counts where that is above 0."""
+    captions = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=8))
+    image_of_text = torch.repeat_interleave(torch.arange(len(captions)), torch.tensor(captions))
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    x, y = (torch.randn(len(rows), 5, dtype=torch.float64, generator=rng) for rows in (captions, image_of_text))
+    ahead = candidates_ahead(x, y, image_of_text, 3, 4)
+    found = scores(*(each.numpy() for each in (*ahead, image_of_text)), "set")
+    positive = image_of_text[:, None] == torch.arange(len(captions))
+    for way, matrix, right in (("text_to_image", y @ x.T, positive), ("image_to_text", x @ y.T, positive.T)):
+        for k in (1, 5, 10):
+            best = matrix.topk(min(k, matrix.shape[1]), dim=1).indices
+            share = right.gather(1, best).sum(dim=1) / right.sum(dim=1)
+            assert found[f"{way}_recall@{k}"] == pytest.approx(float((share > 0).double().mean()), abs=1e-12)
+
+
+def test_intervals_of_recalls_are_wider_where_captions_of_an_image_stand_together(rng: torch.Generator) -> None:
+    """Two hundred images with five captions that are all found or all missed tell no more than two hundred captions."""
+    image_of_text = np.repeat(np.arange(200), 5)
+    found = (torch.rand(200, generator=rng) < 0.5).numpy()
+    together = np.where(found, 0, 99)[image_of_text]
+    apart = np.where(np.arange(1000) % 2 == 0, 0, 99)
+    widths = []
+    for ahead in (together, apart):
+        low, high = scores(np.zeros(200, dtype=np.int64), ahead, image_of_text, "set")["text_to_image_recall@1_interval"]
+        widths.append(high - low)
+    assert widths[0] == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 200), rel=0.1)
+    assert widths[1] < widths[0] / 3
+
+
+def evaluate_everything(rank: int, world: int, folder: str) -> list[Any]:
+    """All that comes of two batch sizes, as plain values; one of 256 leaves most processes without a batch."""
+    found = []
+    for batch_size in (7, 256):
+        result, matches = evaluate_retrieval(toy_sets.encoder(batch_size), open_set(folder))
+        found.append([result, {name: torch.as_tensor(each) for name, each in arrays_of(matches).items()}])
+        found.append(list(matches.captions))
+    return found
+
+
+def arrays_of(matches: Matches) -> dict[str, np.ndarray]:
+    return {name: value for name, value in vars(matches).items() if name != "captions"}
+
+
+def test_three_processes_find_bit_for_bit_what_one_finds(tmp_path: Path) -> None:
+    folder = str(toy_sets.write_retrieval_set(tmp_path / "set", CAPTIONS, bad=(4,)))
+    alone = evaluate_everything(0, 1, folder)
+    for found in ranks.run_ranks(evaluate_everything, 3, folder):
+        for ours, theirs in zip(found, alone, strict=True):
+            if isinstance(ours[0], dict):
+                assert ours[0] == theirs[0]
+                assert all(torch.equal(ours[1][name], value) for name, value in theirs[1].items())
+            else:
+                assert ours == theirs
 
 
 def test_bad_samples_take_their_captions_with_them(tmp_path: Path) -> None:
-    whole = toy_sets.write_retrieval_set(tmp_path / "whole", CAPTIONS[:20])
-    damaged = toy_sets.write_retrieval_set(tmp_path / "damaged", CAPTIONS[:20] + ["\n", *CAPTIONS[21:23]], bad=(21, 22))
-    scores = [evaluate_retrieval(toy_sets.encoder(1), open_set(str(folder))) for folder in (whole, damaged)]
-    assert scores[1] == scores[0] | {"bad": 3}
+    whole = toy_sets.write_retrieval_set(tmp_path / "whole/set", CAPTIONS[:20])
+    captions = [*CAPTIONS[:20], "\n", *CAPTIONS[21:23]]
+    damaged = toy_sets.write_retrieval_set(tmp_path / "damaged/set", captions, bad=(21, 22))
+    found = [evaluate_retrieval(toy_sets.encoder(1), open_set(str(folder))) for folder in (whole, damaged)]
+    reasons = {"caption-empty": 1, "image-unreadable": 2}
+    assert found[1][0] == found[0][0] | {"bad": 3, "bad_reasons": reasons}
+    assert found[1][1].captions == found[0][1].captions
 
 
 def test_fewer_candidates_than_k_are_no_trouble(tmp_path: Path) -> None:
-    result = evaluate_retrieval(
+    result, matches = evaluate_retrieval(
         toy_sets.encoder(), open_set(str(toy_sets.write_retrieval_set(tmp_path / "set", ["a", "b"])))
     )
     assert result["image_to_text_recall@10"] == result["text_to_image_recall@5"] == 1
+    assert matches.best_texts.shape == matches.best_images.shape == (2, 2)
+
+
+def test_one_image_with_one_caption_is_found(tmp_path: Path) -> None:
+    result, _ = evaluate_retrieval(
+        toy_sets.encoder(), open_set(str(toy_sets.write_retrieval_set(tmp_path / "set", ["a"])))
+    )
+    assert result["image_to_text_recall@1"] == result["text_to_image_recall@1"] == 1
+    assert result["image_to_text_median_rank"] == result["text_to_image_median_rank"] == 1
 
 
 def test_a_set_without_a_readable_sample_ends_in_one_line(tmp_path: Path) -> None:

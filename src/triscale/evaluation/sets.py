@@ -16,6 +16,8 @@ from triscale.data.samples import BadSample, Sample, Source
 from triscale.errors import UsageError
 
 LABELS_CHECKED_AT_OPENING = 256
+CAPTION_FIELDS = ("txt",)
+"""Where a retrieval set's captions come from: the lines of a sample's .txt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +87,13 @@ class EvaluationSet:
         return Example(
             key=sample.key,
             labels=self._labels(sample) if self.task == "classification" else (),
-            captions=tuple(all_captions(sample, ("txt",))) if self.task == "retrieval" else (),
+            captions=tuple(all_captions(sample, CAPTION_FIELDS)) if self.task == "retrieval" else (),
             image=decode_image(image, min_side=min_side) if isinstance(image, bytes) else image,
         )
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of sample `index` of a retrieval set, without its image. Raises BadSample as `read` does."""
+        return tuple(all_captions(self.source.read(index, image=False), CAPTION_FIELDS))
 
     def check_labels(self, samples: int = LABELS_CHECKED_AT_OPENING) -> None:
         """Raise UsageError if one of `samples` labels, evenly spread over the set, is wrong."""
