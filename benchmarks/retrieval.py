@@ -104,9 +104,7 @@ def theirs(image_parts: list[Any], text_parts: list[Any], captions: int) -> dict
     ]
     found = zeroshot_retrieval.evaluate(Through, batches, torch.stack, "cpu", amp=False, recall_k_list=[1, 5, 10])
     names = {"text": "image_to_text", "image": "text_to_image"}
-    return {
-        f"{names[key.split('_')[0]]}_recall@{key.split('@')[1]}": value for key, value in found.items()
-    }
+    return {f"{names[key.split('_')[0]]}_recall@{key.split('@')[1]}": value for key, value in found.items()}
 
 
 def compare(images: int, captions: int, width: int, rounds: int) -> dict[str, Any]:
@@ -134,7 +132,9 @@ def show(full: dict[str, Any], small: dict[str, Any] | None) -> None:
     """Print the figures."""
     took = ", ".join(f"{name} {value:.2f} s" for name, value in full["seconds"].items())
     sizes = {key: full[f"{key}_bytes"] / MIB for key in ("peak", "embedding", "matrix")}
-    print(f"{full['images']:,} images x {full['texts']:,} texts, width {full['width']}, {full['threads']} threads: {took}")
+    print(
+        f"{full['images']:,} images x {full['texts']:,} texts, width {full['width']}, {full['threads']} threads: {took}"
+    )
     print(
         f"peak memory of the process {sizes['peak']:,.0f} MiB (embeddings {sizes['embedding']:,.0f} MiB); "
         f"the matrix of all scores alone would take {sizes['matrix']:,.0f} MiB"

@@ -277,7 +277,8 @@ def retrieval_ranks(images: Tensor, texts: Tensor, image_of_text: list[int]) -> 
     """Rank, from 1, of each image's first right text, and of each text's image."""
     of_images, of_texts = retrieval_order(images, texts)
     found_texts = [
-        next(rank for rank, t in enumerate(order, start=1) if image_of_text[t] == i) for i, order in enumerate(of_images)
+        next(rank for rank, t in enumerate(order, start=1) if image_of_text[t] == i)
+        for i, order in enumerate(of_images)
     ]
     found_images = [order.index(image_of_text[t]) + 1 for t, order in enumerate(of_texts)]
     return found_texts, found_images

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from rich.console import Console
 from triscale import distributed
 from triscale.errors import UsageError
 from triscale.evaluation.datasets import open_sets
+from triscale.evaluation.robustness import Line, fit_reference
 from triscale.evaluation.sets import EvaluationSet
-from triscale.evaluation.suite import Results, write_evaluation
+from triscale.evaluation.suite import Results, base_set, write_evaluation
 from triscale.evaluation.suite import evaluate as evaluate_sets
 from triscale.evaluation.tables import guesses_table, results_table
 from triscale.evaluation_options import ClassifyOptions, EvalOptions, parse_labels
@@ -41,7 +42,8 @@ def evaluate(options: EvalOptions, report: Report) -> Results | None:
         workers = _default_workers(device) if options.workers is None else options.workers
         encoder = replace(model.encoder, batch_size=options.batch_size, workers=workers)
         sets, shifts = _open(options)
-        evaluation = evaluate_sets(encoder, sets, shifts)
+        base = base_set(sets, shifts, options.base)
+        evaluation = evaluate_sets(encoder, sets, shifts, base, _reference(options, base, shifts))
     if not first:
         return None
     if options.output:
@@ -57,6 +59,15 @@ def _open(options: EvalOptions) -> tuple[list[EvaluationSet], tuple[str, ...]]:
     folder, _ = split_checkpoint(Path(options.run))
     data, root, shifts = evaluation_of(folder)
     return open_sets(data, root), shifts
+
+
+def _reference(options: EvalOptions, base: str, shifts: Sequence[str]) -> dict[str, Line] | None:
+    """The lines through the reference models, by shifted set, where a file of them is given."""
+    if not shifts and (options.base or options.reference):
+        raise UsageError("--base and --reference are of shifted sets: name those with --shifts")
+    if not options.reference:
+        return None
+    return fit_reference(Path(options.reference), options.reference_unit, base, shifts)
 
 
 def _default_workers(device: str) -> int:

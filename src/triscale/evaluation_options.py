@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -21,6 +22,13 @@ class EvalOptions:
     those of the run."""
     shifts: tuple[str, ...] = ()
     """Names of those sets whose distribution is shifted; their mean and the drop are given."""
+    base: str = ""
+    """Name of the set that the drop is measured from; empty: the first classification set."""
+    reference: str = ""
+    """CSV file of other models' top-1 on the base and the shifted sets, with columns "model" and the sets' names: then
+    effective robustness is given (docs/evaluation.md)."""
+    reference_unit: Literal["fraction", "percent"] = "fraction"
+    """Of the numbers in that file."""
     checkpoint: int | None = None
     """Step of the run's checkpoint to take, during training too. None: the newest."""
     device: str = "cpu"

@@ -30,7 +30,7 @@ from triscale.errors import UsageError
 from triscale.evaluation.datasets import open_sets
 from triscale.evaluation.encoder import Encoder
 from triscale.evaluation.sets import EvaluationSet
-from triscale.evaluation.suite import check_shifts
+from triscale.evaluation.suite import base_set
 from triscale.feature_cache import is_cached, open_features
 from triscale.losses.classification import SoftmaxClassifier
 from triscale.losses.contrastive import ContrastiveLoss
@@ -124,7 +124,7 @@ def check(config: RunConfig) -> Checked:
     mixture = open_training_data(config)
     sets = open_sets(config.data.eval, config.data.root) if "text" in lanes(config) else []
     if sets:
-        check_shifts(sets, config.data.shifts)
+        base_set(sets, config.data.shifts)
     return Checked(config=config, mixture=mixture, sets=sets, device=device)
 
 

@@ -79,7 +79,9 @@ def test_intervals_of_recalls_are_wider_where_captions_of_an_image_stand_togethe
     apart = np.where(np.arange(1000) % 2 == 0, 0, 99)
     widths = []
     for ahead in (together, apart):
-        low, high = scores(np.zeros(200, dtype=np.int64), ahead, image_of_text, "set")["text_to_image_recall@1_interval"]
+        low, high = scores(np.zeros(200, dtype=np.int64), ahead, image_of_text, "set")[
+            "text_to_image_recall@1_interval"
+        ]
         widths.append(high - low)
     assert widths[0] == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 200), rel=0.1)
     assert widths[1] < widths[0] / 3

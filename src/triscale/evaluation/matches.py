@@ -141,7 +141,8 @@ def find_matches(
         "image_scores": image_scores.float(),
     }
     return Matches(
-        **{name: value.cpu().numpy() for name, value in numbers.items()}, captions=_read_captions(evaluation_set, places)
+        **{name: value.cpu().numpy() for name, value in numbers.items()},
+        captions=_read_captions(evaluation_set, places),
     )
 
 
@@ -156,4 +157,6 @@ def _read_captions(evaluation_set: EvaluationSet, places: list[list[int]]) -> tu
     try:
         return tuple(evaluation_set.captions(sample)[number] for sample, number in places)
     except (OSError, BadSample, IndexError) as error:
-        raise RunError(f"evaluation set {evaluation_set.name!r} could not be read again: {first_line(error)}") from error
+        raise RunError(
+            f"evaluation set {evaluation_set.name!r} could not be read again: {first_line(error)}"
+        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +10,10 @@ from urllib.parse import quote
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from triscale.data.samples import REASONS
-from triscale.errors import RunError, UsageError, first_line
+from triscale.errors import UsageError
+from triscale.evaluation.array_file import Kind, load_arrays, save_arrays
 from triscale.evaluation.sets import EvaluationSet
 from triscale.randomness import derive_seed
 
@@ -23,10 +21,7 @@ GUESSES = 5
 """Likeliest classes that are kept of each image."""
 EMBEDDINGS = 1000
 """Most embeddings that are kept of a set."""
-MAX_BYTES = 2**32
-"""Largest file that is read."""
 LONGEST_FILE_NAME = 150
-_BAD = "bad"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +69,7 @@ class Predictions:
         Raises:
             RunError: it can't be written.
         """
-        content = save(
-            {name: np.ascontiguousarray(getattr(self, name)) for name in _FORM},
-            metadata={_BAD: json.dumps(dict(sorted(self.bad.items())))},
-        )
-        write_whole(Path(path), content, "predictions")
+        save_arrays(Path(path), {name: getattr(self, name) for name in _FORM}, dict(sorted(self.bad.items())), _WHAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Predictions:
@@ -87,18 +78,7 @@ class Predictions:
         Raises:
             UsageError: the file is not there, too large, damaged or not of this kind.
         """
-        path = Path(path)
-        try:
-            if not path.is_file():
-                raise ValueError("there is no such file")
-            if path.stat().st_size > MAX_BYTES:
-                raise ValueError(f"it has more than {MAX_BYTES / 2**30:.0f} GiB")
-            with safe_open(path, "numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in _FORM}
-                bad = json.loads((file.metadata() or {})[_BAD])
-            _check(arrays, bad)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-            raise UsageError(f"predictions {str(path)!r} cannot be read: {first_line(error)}") from error
+        arrays, bad = load_arrays(Path(path), _FORM, _WHAT, _check)
         return cls(**arrays, bad=bad)
 
 
@@ -110,51 +90,23 @@ def predictions_file(folder: Path, name: str) -> Path:
     return folder / "predictions" / f"{spelled}.safetensors"
 
 
+_WHAT = "predictions"
 _FORM = {
-    "samples": ("i8", "n"),
-    "labels": ("i8", "n"),
-    "ahead": ("i8", "n"),
-    "guesses": ("i8", "nt"),
-    "probabilities": ("f4", "nt"),
-    "in_slices": ("b1", "ns"),
-    "at_levels": ("b1", "nl"),
-    "embedded": ("i8", "e"),
-    "embeddings": ("f4", "ed"),
+    "samples": Kind("i8", "n"),
+    "labels": Kind("i8", "n"),
+    "ahead": Kind("i8", "n"),
+    "guesses": Kind("i8", "nt"),
+    "probabilities": Kind("f4", "nt"),
+    "in_slices": Kind("b1", "ns"),
+    "at_levels": Kind("b1", "nl"),
+    "embedded": Kind("i8", "e"),
+    "embeddings": Kind("f4", "ed"),
 }
-"""Type and axes of every array of `Predictions`; axes of one letter are as long as each other."""
 
 
 def _check(arrays: Mapping[str, np.ndarray], bad: object) -> None:
-    """Raise ValueError unless shapes, dtypes and indices are those of predictions."""
-    sizes: dict[str, int] = {}
-    for name, array in arrays.items():
-        kind, axes = _FORM[name]
-        if array.dtype != np.dtype(kind) or array.ndim != len(axes):
-            raise ValueError(f"{name} is {array.dtype} of {array.ndim} axes")
-        for axis, size in zip(axes, array.shape, strict=True):
-            if sizes.setdefault(axis, size) != size:
-                raise ValueError(f"{name} has {size} rows or columns where others have {sizes[axis]}")
-    if any(arrays[name].size and arrays[name].min() < 0 for name in ("samples", "labels", "ahead", "guesses")):
-        raise ValueError("an index is negative")
-    embedded = arrays["embedded"]
-    if embedded.size and not (embedded.min() >= 0 and embedded.max() < sizes["n"]):
+    """Raise ValueError unless embeddings are of rows that are there, and bad samples counted by known reasons."""
+    if arrays["embedded"].size and arrays["embedded"].max() >= len(arrays["samples"]):
         raise ValueError("an embedding is of a row that is not there")
     if not isinstance(bad, dict) or not all(isinstance(n, int) and reason in REASONS for reason, n in bad.items()):
         raise ValueError("the counts of bad samples are not those of known reasons")
-
-
-def write_whole(path: Path, content: bytes, what: str) -> None:
-    """Write a file whole or not at all, and onto the disk; RunError, which says `what` it is, where that fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(f"{str(path)!r}: {what} could not be written: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""Several evaluation sets at once, the drop from the first to the shifted ones, and the form that results take."""
+"""Several evaluation sets at once, what the shifted ones say beside the base, and the form that results take."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor
 
 from triscale.errors import UsageError
+from triscale.evaluation.array_file import write_whole
 from triscale.evaluation.encoder import Encoder
-from triscale.evaluation.predictions import Predictions, predictions_file, write_whole
+from triscale.evaluation.matches import Matches
+from triscale.evaluation.predictions import Predictions, predictions_file
 from triscale.evaluation.retrieval import evaluate_retrieval
+from triscale.evaluation.robustness import Line, RobustnessResult, robustness
 from triscale.evaluation.sets import EvaluationSet
 from triscale.evaluation.zeroshot import build_classifier, classification_scores, predict
 
@@ -31,7 +34,9 @@ class Results(TypedDict):
     shift_mean: float | None
     """Mean top-1 over the shifted sets; None where none is named."""
     drop: float | None
-    """Top-1 of the first classification set less `shift_mean`."""
+    """Top-1 of the base set less `shift_mean`."""
+    robustness: NotRequired[RobustnessResult]
+    """Where shifted sets are named: each of them beside the base set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,32 +47,59 @@ class Evaluation:
     """The scores, as `results.json` holds them."""
     predictions: Mapping[str, Predictions]
     """By name of a classification set, what the model answered image by image."""
+    matches: Mapping[str, Matches]
+    """By name of a retrieval set, what the model finds for some images and captions."""
 
 
-def check_shifts(sets: Iterable[EvaluationSet], shifts: Sequence[str]) -> None:
-    """Raise UsageError if a name in `shifts` is not that of a classification set."""
-    names = [each.name for each in sets if each.task == "classification"]
-    for shift in shifts:
-        if shift not in names:
-            raise UsageError(
-                f"shifted set {shift!r} is not among the classification sets: {', '.join(names) or 'none'}"
-            )
-
-
-def evaluate(encoder: Encoder, sets: Sequence[EvaluationSet], shifts: Sequence[str] = ()) -> Evaluation:
-    """Score a model on every set; all processes call it and get the same results.
+def base_set(sets: Iterable[EvaluationSet], shifts: Sequence[str], base: str = "") -> str:
+    """The name of the set that drops are measured from; empty where no set is shifted.
 
     Args:
-        sets: with distinct names; the first classification set is the one that the drop is measured from.
-        shifts: names of the classification sets whose distribution is shifted.
+        sets: among them the shifted ones.
+        shifts: names of shifted sets.
+        base: its name; empty: the first classification set.
 
     Raises:
-        UsageError: a shifted set is not there.
+        UsageError: a name is not that of a classification set, there twice, or the base set is shifted.
+    """
+    names = [each.name for each in sets if each.task == "classification"]
+    for name in (*([base] if base else []), *shifts):
+        if name not in names:
+            what, there = "shifted" if name in shifts else "base", ", ".join(names) or "none"
+            raise UsageError(f"{what} set {name!r} is not among the classification sets: {there}")
+    if not shifts:
+        return ""
+    base = base or names[0]
+    if base in shifts:
+        raise UsageError(f"set {base!r} is both the base set, which is the first unless --base names one, and shifted")
+    if len(set(shifts)) < len(shifts):
+        raise UsageError(f"a shifted set is named twice: {', '.join(shifts)}")
+    return base
+
+
+def evaluate(
+    encoder: Encoder,
+    sets: Sequence[EvaluationSet],
+    shifts: Sequence[str] = (),
+    base: str = "",
+    reference: Mapping[str, Line] | None = None,
+) -> Evaluation:
+    """Score a model on every set; all processes call it and get the same.
+
+    Args:
+        sets: with distinct names.
+        shifts: names of the classification sets whose distribution is shifted.
+        base: name of the set that drops are measured from; empty: the first classification set.
+        reference: what other models lead one to expect on each shifted set (see `robustness.fit_reference`).
+
+    Raises:
+        UsageError: as `base_set`.
         RunError: a set can't be read, or the model's embeddings are not finite.
     """
-    check_shifts(sets, shifts)
+    base = base_set(sets, shifts, base)
     scored: dict[str, SetResult] = {}
     predictions: dict[str, Predictions] = {}
+    matches: dict[str, Matches] = {}
     classifiers: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
 
     def classifier(each: EvaluationSet) -> Tensor:
@@ -78,19 +110,24 @@ def evaluate(encoder: Encoder, sets: Sequence[EvaluationSet], shifts: Sequence[s
 
     for each in sets:
         if each.task == "retrieval":
-            scored[each.name] = evaluate_retrieval(encoder, each)
+            scored[each.name], matches[each.name] = evaluate_retrieval(encoder, each)
         else:
             predictions[each.name] = predict(encoder, each, classifier)
             scored[each.name] = classification_scores(each, predictions[each.name])
-    return Evaluation(results=_with_shifts(scored, shifts), predictions=predictions)
+    results = _with_shifts(scored, base, shifts, reference or {})
+    return Evaluation(results=results, predictions=predictions, matches=matches)
 
 
-def _with_shifts(scored: dict[str, SetResult], shifts: Sequence[str]) -> Results:
+def _with_shifts(
+    scored: dict[str, SetResult], base: str, shifts: Sequence[str], reference: Mapping[str, Line]
+) -> Results:
     if not shifts:
         return Results(sets=scored, shift_mean=None, drop=None)
-    shift_mean = sum(float(scored[name]["top1"]) for name in shifts) / len(shifts)
-    first = next(result for result in scored.values() if result["task"] == "classification")
-    return Results(sets=scored, shift_mean=shift_mean, drop=float(first["top1"]) - shift_mean)
+    top1 = {name: float(scored[name]["top1"]) for name in (base, *shifts)}
+    samples = {name: int(scored[name]["samples"]) for name in top1}
+    shift_mean = sum(top1[name] for name in shifts) / len(shifts)
+    found = robustness(base, top1, samples, shifts, reference)
+    return Results(sets=scored, shift_mean=shift_mean, drop=top1[base] - shift_mean, robustness=found)
 
 
 def write_results(path: str | os.PathLike[str], results: Results) -> None:
@@ -104,11 +141,11 @@ def write_results(path: str | os.PathLike[str], results: Results) -> None:
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    """Write predictions/NAME.safetensors of every classification set, and results.json when these are complete.
+    """Write predictions/NAME.safetensors of every set (retrieval: matches), and results.json when these are complete.
 
     Raises:
         RunError: they can't be written.
     """
-    for name, each in evaluation.predictions.items():
+    for name, each in (*evaluation.predictions.items(), *evaluation.matches.items()):
         each.save(predictions_file(folder, name))
     write_results(folder / RESULTS, evaluation.results)

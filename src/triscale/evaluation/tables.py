@@ -12,12 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from triscale.evaluation.retrieval import DEPTHS
+from triscale.evaluation.robustness import RobustnessResult
 from triscale.evaluation.suite import Results, SetResult
 
 LONGEST_NAME = 40
 SHOWN_LABELS = 5
 WIDEST = 10_000
 COUNTS = ("samples", "unlabelled", "bad")
+RANKS = ("image_to_text_median_rank", "text_to_image_median_rank")
+EFFECTIVE = ("predicted_top1", "effective_robustness", "effective_robustness_interval")
 
 Column = tuple[str, str]
 """A score's key, and what the table calls it."""
@@ -39,7 +42,12 @@ WIDE_COLUMNS: dict[str, list[Column]] = {
         ("mean_per_class_interval", "95 %"),
         ("ece", "ECE"),
     ],
-    "retrieval": COLUMNS["retrieval"],
+    "retrieval": [
+        *COLUMNS["retrieval"][: len(DEPTHS)],
+        ("image_to_text_median_rank", "median rank"),
+        *COLUMNS["retrieval"][len(DEPTHS) :],
+        ("text_to_image_median_rank", "median rank"),
+    ],
 }
 """The same where there is room."""
 
@@ -49,14 +57,13 @@ def results_table(results: Results) -> Group:
 
     Intervals and calibration are shown where they fit its width.
     """
-    tables: list[_FirstThatFits | Text] = []
+    tables: list[_FirstThatFits | Table] = []
     for task, columns in COLUMNS.items():
         rows = {name: result for name, result in results["sets"].items() if result["task"] == task}
         if rows:
             tables.append(_FirstThatFits(tables=[_table(rows, WIDE_COLUMNS[task]), _table(rows, columns)]))
-    if results["shift_mean"] is not None and results["drop"] is not None:
-        mean, drop = _percent(results["shift_mean"]), _percent(results["drop"])
-        tables.append(Text(f" mean top-1 over shifted sets {mean} %, drop {drop} points"))
+    if "robustness" in results:
+        tables.append(_robustness_table(results, results["robustness"]))
     return Group(*tables)
 
 
@@ -91,10 +98,37 @@ def _table(rows: Mapping[str, SetResult], columns: Sequence[Column]) -> Table:
     return table
 
 
+def _robustness_table(results: Results, robustness: RobustnessResult) -> Table:
+    """A row a shifted set and one of their mean: top-1, the drop from the base set and, with reference models, what
+    these lead one to expect, what is beyond it and how far their own accuracies are off their line."""
+    base = robustness["base"]
+    title = Text.assemble("shifted from ", printable(base, LONGEST_NAME), f" {_percent(results['sets'][base]['top1'])}")
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True, title=title, title_justify="left")
+    table.add_column("set", no_wrap=True, overflow="ellipsis", max_width=LONGEST_NAME)
+    has_reference = "effective_robustness" in robustness
+    keys = ("drop", "drop_interval", *(EFFECTIVE if has_reference else ()))
+    beyond = ("expected", "effective", "95 %", "models", "off line") if has_reference else ()
+    for header in ("top-1", "drop", "95 %", *beyond):
+        table.add_column(header, justify="right", no_wrap=True)
+    for name, shift in robustness["shifts"].items():
+        line = shift.get("line", {})
+        table.add_row(
+            printable(name, LONGEST_NAME),
+            _percent(results["sets"][name]["top1"]),
+            *(_cell(key, shift.get(key)) for key in keys),
+            *((str(line["models"]), _percent(line["residual_spread"])) if line else ()),
+        )
+    of_mean = {**robustness, "drop": results["drop"]}
+    table.add_row("mean", _cell("", results["shift_mean"]), *(_cell(key, of_mean.get(key)) for key in keys))
+    return table
+
+
 def _cell(key: str, value: object) -> str:
-    """A count, a fraction in percent, or an interval of one; empty for what is not there."""
+    """A count, a rank, a fraction in percent, or an interval of one; empty for what is not there."""
     if isinstance(value, list):
         return "\N{EN DASH}".join(_percent(float(edge)) for edge in value)
+    if key in RANKS and value is not None:
+        return f"{value:,.1f}"
     if isinstance(value, int | float) and key not in COUNTS:
         return _percent(float(value))
     return f"{value:,}" if isinstance(value, int) else ""
