@@ -293,3 +293,13 @@ def test_positions_are_measured_at_toy_size() -> None:
         "windows of 64 of 1,000 shards",
         "distinct ids",
     ]
+
+
+def test_retrieval_is_measured_at_toy_size(tmp_path: Path) -> None:
+    figures = tmp_path / "retrieval.json"
+    sizes = ["--images", "300", "--captions", "2", "--width", "16", "--small", "100", "--rounds", "1"]
+    command = [sys.executable, ROOT / "benchmarks" / "retrieval.py", *sizes, "--json", figures]
+    done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    values = json.loads(figures.read_text())
+    assert values["full"]["texts"] == 600 and values["full"]["peak_bytes"] > values["full"]["embedding_bytes"] > 0
+    assert (values["small"] is None) == ("CLIP_benchmark is left out" in done.stdout)
