@@ -26,7 +26,8 @@ from torch import nn
 
 from triscale.models.dual_encoder import build_dual_encoder
 from triscale.models.presets import find_preset
-from triscale.training.optim import OPTIMIZERS, optimizer_tensors, parameter_groups
+from triscale.planning.cost import optimizer_state
+from triscale.training.optim import OPTIMIZERS, parameter_groups
 from triscale.training.settings import OptimSettings
 
 
@@ -51,13 +52,6 @@ def optimizer_over(name: str, towers: Mapping[str, nn.Module]) -> torch.optim.Op
         for parameter in group["params"]:
             parameter.grad = torch.empty_like(parameter).normal_()
     return optimizer
-
-
-def state_bytes(name: str, towers: Mapping[str, nn.Module]) -> int:
-    """Bytes of the state after a step."""
-    optimizer = optimizer_over(name, towers)
-    optimizer.step()
-    return sum(tensor.nbytes for tensor in optimizer_tensors(optimizer).values())
 
 
 def seconds(towers: Mapping[str, nn.Module], device: torch.device, rounds: int) -> dict[str, float]:
@@ -101,7 +95,7 @@ def main() -> None:
     towers = towers_of(options)
     parameters = {lane: sum(p.numel() for p in tower.parameters()) for lane, tower in towers.items()}
     print(", ".join(f"{lane} {count / 1e6:,.1f} M" for lane, count in parameters.items()), "parameters")
-    sizes = {name: state_bytes(name, towers) for name in OPTIMIZERS}
+    sizes = {name: sum(t.nbytes for t in optimizer_state(name, towers).values()) for name in OPTIMIZERS}
     times = seconds(towers, torch.device(options.device), options.rounds) if options.step else {}
     print(f"{'optimizer':<12} {'bytes':>15} {'of AdamW':>9}" + f" {'step':>10} {'of AdamW':>9}" * bool(times))
     for name, size in sizes.items():

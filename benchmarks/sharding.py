@@ -2,8 +2,8 @@
 
     python benchmarks/sharding.py [--world 1 2 4] [--width 256] [--depth 6] [--batch 64] [--micro 16] [--json FILE]
 
-The towers are the design's text transformer, twice; AdamW. Bytes are those of each process's own parts of parameters
-and of optimizer state, the largest of all processes; time is the median step. On one machine processes share its cores,
+The towers are the design's text transformer, twice; AdamW. Bytes are what each process holds of parameters and of
+optimizer state, the largest of all processes; time is the median step. On one machine processes share its cores,
 so times of several processes say what sharding adds to replicas, not what more processes gain.
 """
 
@@ -28,6 +28,7 @@ from triscale import distributed
 from triscale.losses import InfoNCE
 from triscale.models.text import TextTower
 from triscale.training import optim, parallel
+from triscale.training.memory import held_bytes
 from triscale.training.remat import blocks_of
 from triscale.training.settings import OptimSettings
 from triscale.training.step import ContrastiveStep
@@ -69,8 +70,7 @@ def measure(sharded: bool, options: Namespace) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
     parts = [p.detach() for tower in towers.values() for p in tower.parameters()]
     state = list(optim.optimizer_tensors(optimizer).values())
-    held = sum(parallel.local_part(t).numel() * t.itemsize for t in parts + state)
-    return {"sharded": sharded, "bytes": held, "seconds": statistics.median(seconds[1:])}
+    return {"sharded": sharded, "bytes": held_bytes(parts + state), "seconds": statistics.median(seconds[1:])}
 
 
 def process(rank: int, world: int, folder: str, options: Namespace) -> None:

@@ -46,6 +46,26 @@ def test_adafactorws_state_is_at_most_three_tenths_of_adamws(tmp_path: Path) -> 
     assert all(value > 0 for value in json.loads(figures.read_text())["step_seconds"].values())
 
 
+def test_more_devices_hold_less_of_basic_l_each(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some 3.1 billion weights, gradients and bfloat16 momenta on one; columns and a gathered block on 512."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import devices
+
+    counts = [1, 8, 64, 512]
+    arguments = ["--presets", "basic-l", "--processes", *map(str, counts), "--json", str(tmp_path / "devices.json")]
+    monkeypatch.setattr(sys, "argv", ["devices.py", *arguments])
+    devices.main()
+    rows = json.loads((tmp_path / "devices.json").read_text())
+    assert "basic-l, B=65,536, adafactorw" in capsys.readouterr().out
+    totals = {(row["layout"], row["devices"]): row["total"] for row in rows}
+    assert totals["replicas", 1] > totals["replicas", 512] > 10 * 3.1e9
+    sharded = [totals["replicas", 1], *(totals["sharded", count] for count in counts[1:])]
+    assert all(more > less for more, less in zip(sharded, sharded[1:], strict=False))
+    assert totals["sharded", 512] < totals["by node", 512] < totals["replicas", 512]
+
+
 def test_phases_are_compared_at_equal_compute_of_the_image_tower(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import phases

@@ -29,6 +29,7 @@ training: lockstep verify schedule adafactorw lars optim tensor_file checkpoint 
 training: frozen initial
 evaluation: __init__ settings sets datasets encoder array_file predictions metrics zeroshot ranking matches retrieval
 evaluation: robustness suite tables picture
+planning: __init__ cost
 config validation run_folder hub model_files inference onnx_graphs exporting
 recipes: scenes emoji clipart basic __init__
 options evaluation_options arguments assembly model_assembly feature_cache feed scores

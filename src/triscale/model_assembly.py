@@ -93,10 +93,7 @@ def is_sharded(config: RunConfig) -> bool:
 def check_sharding(config: RunConfig, device: torch.device) -> None:
     """Raise UsageError for a sharding that these processes or this device cannot have. Within the process group."""
     settings, world = config.parallel, distributed.world_size()
-    if settings.replicas > 1 and (world % settings.replicas or world == settings.replicas):
-        raise UsageError(
-            f"--parallel.replicas {settings.replicas} must divide the {world} processes into groups of two or more"
-        )
+    parallel.group_size(world, settings.replicas)
     if is_sharded(config) and device.type not in ("cpu", "cuda"):
         raise UsageError(f"--parallel.shard full is for cuda and cpu, not {device.type}")
     if settings.offload and device.type != "cuda":

@@ -139,6 +139,22 @@ class Gathered(Columns):
         return distributed.reduce_scatter_rows(self._gradient, self._ranks.counts)
 
 
+def gathers(exchange: Exchange, every_bytes: int, processes: int) -> bool:
+    """Whether each process holds y of all ranks, which takes so many bytes; otherwise its own and four pieces."""
+    if exchange == "auto":  # one process gathers nothing
+        return processes == 1 or every_bytes <= GATHER_BYTES
+    return exchange == "gather"
+
+
+def piece_rows(rows: int, device: torch.device) -> int:
+    """The rows of a piece that is broadcast, where a rank has up to `rows`.
+
+    Four pieces live at once, two of y and two of its gradient: half a tile's columns each, or they would outweigh the
+    (b, d) buffers of a rank with few rows.
+    """
+    return min(rows, -(-tiles.tile_shape(device).columns // 2))
+
+
 class Broadcast(Columns):
     """Every rank holds its own rows and two pieces: one at work, and the next, which is on its way meanwhile.
 
@@ -149,9 +165,7 @@ class Broadcast(Columns):
 
     def __init__(self, mine: Float[Tensor, "b d"], ranks: RankRows) -> None:
         self.mine, self._ranks = mine, ranks
-        # Four pieces live at once, two of y and two of its gradient: half a tile's columns each, or they would outweigh
-        # the (b, d) buffers of a rank with few rows.
-        self.longest = min(max(ranks.counts), -(-tiles.tile_shape(mine.device).columns // 2))
+        self.longest = piece_rows(max(ranks.counts), mine.device)
         others = len(ranks.counts) > 1
         self._arriving = mine.new_empty((2, self.longest if others else 0, mine.shape[1]))  # taken in turns
         self._gradient: Tensor | None = None
@@ -202,7 +216,5 @@ class Broadcast(Columns):
 
 def columns(exchange: Exchange, mine: Float[Tensor, "b d"], ranks: RankRows) -> Columns:
     """All ranks' rows of y, of which this rank has `mine`, whose memory the result takes over."""
-    if exchange == "auto":  # one process gathers nothing
-        large = len(ranks.counts) > 1 and ranks.total * mine.shape[1] * mine.element_size() > GATHER_BYTES
-        exchange = "blocks" if large else "gather"
-    return Gathered(mine, ranks) if exchange == "gather" else Broadcast(mine, ranks)
+    every_bytes = ranks.total * mine.shape[1] * mine.element_size()
+    return Gathered(mine, ranks) if gathers(exchange, every_bytes, len(ranks.counts)) else Broadcast(mine, ranks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -99,6 +99,12 @@ def activation_bytes(tower: nn.Module, embed: Callable[[], Tensor], inputs: Tens
         total = saved.bytes
     del output
     return total
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that this process holds for tensors, sharded or not: of their distinct storages, with what pads them."""
+    storages = [parallel.local_part(tensor.detach()).untyped_storage() for tensor in tensors]
+    return sum(storage.nbytes() for storage in {storage._cdata: storage for storage in storages}.values())
 
 
 def is_out_of_memory(error: Exception) -> bool:

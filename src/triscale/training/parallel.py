@@ -54,6 +54,19 @@ def shard(
     return tower
 
 
+def group_size(processes: int, replicas: int) -> int:
+    """The processes among which a tower is divided, where `replicas` groups of them hold all of it.
+
+    Raises:
+        UsageError: not two or more in each.
+    """
+    if replicas > 1 and (processes % replicas or processes == replicas):
+        raise UsageError(
+            f"--parallel.replicas {replicas} must divide the {processes} processes into groups of two or more"
+        )
+    return processes // replicas
+
+
 def compute_device(parameter: Tensor) -> torch.device:
     """Where a parameter is used: its own device, or for one whose shards are kept on the host, the mesh's."""
     if isinstance(parameter, DTensor) and parameter.device.type != parameter.device_mesh.device_type:
@@ -221,7 +234,14 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
         for placement in parameter.placements
     ]
     # Every rank has the whole: nothing need travel.
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, placements, src_data_rank=None)
+    divided = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, placements, src_data_rank=None)
+    part = local_part(divided)
+    if part.untyped_storage().nbytes() == part.nbytes:
+        return divided
+    # Rows of a tensor are a view of it, which would keep the whole.
+    return DTensor.from_local(
+        part.clone(), divided.device_mesh, placements, run_check=False, shape=divided.shape, stride=divided.stride()
+    )
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
