@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+import forked
 
 
 def _rank(rank: int, function: Callable[..., Any], world: int, folder: str, arguments: tuple[Any, ...]) -> None:
@@ -31,10 +34,26 @@ def _rank(rank: int, function: Callable[..., Any], world: int, folder: str, argu
 
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
-    """`function(rank, world, *arguments)` in `world` fresh processes that share a gloo group; the results by rank.
+    """`function(rank, world, *arguments)` in `world` processes that share a gloo group; the results by rank.
 
-    `function` must stand at the top of a module. A rank that raises fails the test with its traceback.
+    `function` must stand at the top of a module. A rank that raises fails the test with what it said.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (function, world, folder, arguments), nprocs=world)  # type: ignore[attr-defined]
+        processes = [forked.call(_rank, rank, function, world, folder, arguments) for rank in range(world)]
+        try:
+            wait_for_all(processes)
+        finally:
+            for process in processes:
+                process.send_signal(signal.SIGKILL)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def wait_for_all(processes: list[forked.Forked]) -> None:
+    """Return when all have ended with status 0; AssertionError with what it said for the first that does not."""
+    running = dict(enumerate(processes))
+    while running:
+        for rank, process in list(running.items()):
+            if (status := process.poll()) is not None:
+                assert status == 0, f"process {rank} ended with status {status}:\n{process.said()[1]}"
+                del running[rank]
+        time.sleep(0.01)

@@ -12,8 +12,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import forked
 from ranks import run_ranks
 from torchrun import Torchrun, last_step
 from triscale import assembly, distributed, model_assembly, run_parts, runs
@@ -269,14 +268,8 @@ class Train:
 
     def __init__(self, folder: Path, config: Path, *options: str) -> None:
         self.folder = folder
-        command = [sys.executable, "-m", "triscale", "train", "--config", str(config), "--run.dir", str(folder)]
-        self.process = subprocess.Popen(
-            [*command, *options],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        command = ["train", "--config", config, "--run.dir", folder, *options]
+        self.process = forked.start(command, {**os.environ, "OMP_NUM_THREADS": "1"})
 
     def kill_workers(self, pools: int) -> list[psutil.Process]:
         """Kill the data workers as soon as they are there, `pools` times; all that ever ran beside the run."""
@@ -296,8 +289,8 @@ class Train:
 
     def end(self) -> tuple[int, list[str]]:
         """Exit status and the lines of stderr."""
-        said = self.process.communicate(timeout=240)[1]
-        return self.process.returncode, said.splitlines()
+        status = self.process.wait(timeout=240)
+        return status, self.process.said()[1].splitlines()
 
 
 def assert_gone(processes: Sequence[psutil.Process]) -> None:

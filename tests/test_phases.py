@@ -6,8 +6,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -18,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import forked
 import triscale
 from phased import STEPS, toy_phases, write_config, write_data
 from torchrun import Torchrun, last_step
@@ -102,10 +101,11 @@ def test_killed_in_each_phase_and_resumed_it_is_bitwise_the_undisturbed_run(
     config_file: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "triscale", "train", "--config", str(config_file), "--run.dir", str(folder)]
+    command = ["train", "--config", str(config_file), "--run.dir", str(folder)]
     for phase, step, number in zip(PHASES, (5, 3, 2), (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL), strict=True):
         kill_after(command, folder / phase, step, number)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    done = forked.run(command)
+    assert done.returncode == 0, done.stderr
     assert "image: finished" in done.stderr and "text: finished" in done.stderr
     for phase in PHASES:
         assert losses(folder / phase) == losses(undisturbed / phase)
@@ -117,13 +117,13 @@ def test_killed_in_each_phase_and_resumed_it_is_bitwise_the_undisturbed_run(
 
 def kill_after(command: list[str], folder: Path, step: int, number: signal.Signals) -> None:
     """Start the run, and send the signal as soon as the phase in `folder` has logged `step`."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 240
-        while last_step(folder) < step:
-            assert process.poll() is None and time.monotonic() < deadline, "the run ended before the signal"
-            time.sleep(0.002)
-        process.send_signal(number)
-        assert process.wait(timeout=120) == (143 if number == signal.SIGTERM else -number)
+    process = forked.start(command)
+    deadline = time.monotonic() + 240
+    while last_step(folder) < step:
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before the signal"
+        time.sleep(0.002)
+    process.send_signal(number)
+    assert process.wait(timeout=120) == (143 if number == signal.SIGTERM else -number)
 
 
 def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(

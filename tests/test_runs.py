@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import forked
 import triscale
 from triscale.config import RunConfig, to_dict
 from triscale.data.settings import DataSettings
@@ -55,24 +56,33 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(config: Path, folder: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "triscale", "train", "--config", str(config), "--run.dir", str(folder), *options]
+    return ["train", "--config", str(config), "--run.dir", str(folder), *options]
 
 
 def run(arguments: Sequence[str], status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, check=False)
+    """`triscale` in a process of its own, forked: `test_the_demo_in_twenty_steps` starts Python as a user does."""
+    return ended(forked.run(arguments), status)
+
+
+def ended(done: subprocess.CompletedProcess[str], status: int = 0) -> subprocess.CompletedProcess[str]:
     assert done.returncode == status, done.stderr
     return done
 
 
+def fresh(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` to its end."""
+    return ended(subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=240, check=False))
+
+
 def kill_after(arguments: Sequence[str], folder: Path, step: int, number: signal.Signals) -> int:
     """Start a run, send the signal as soon as it has logged `step`, and return its exit status."""
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 240
-        while last_step(folder) < step:
-            assert process.poll() is None and time.monotonic() < deadline, "the run ended before the signal"
-            time.sleep(0.005)
-        process.send_signal(number)
-        return process.wait(timeout=120)
+    process = forked.start(arguments)
+    deadline = time.monotonic() + 240
+    while last_step(folder) < step:
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before the signal"
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.wait(timeout=120)
 
 
 def last_step(folder: Path) -> int:
@@ -209,8 +219,8 @@ def test_torchrun_on_two_processes_trains_the_weights_of_one(tmp_path: Path) -> 
     file = tmp_path / "two.json"
     file.write_text(json.dumps(to_dict(config)))
     run(command(file, tmp_path / "one"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run([*torchrun, "-m", "triscale", "train", "--config", str(file), "--run.dir", str(tmp_path / "two")])
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    fresh(*torchrun, "-m", "triscale", *command(file, tmp_path / "two"))
     assert metrics(tmp_path / "two", "loss") == pytest.approx(metrics(tmp_path / "one", "loss"), rel=1e-5)
 
 
@@ -252,8 +262,7 @@ def test_verify_finds_the_small_recipe_exact() -> None:
 def test_the_demo_in_twenty_steps(tmp_path: Path) -> None:
     """`make demo` with --train.steps 20: trains, evaluates all seven sets, writes results, picture and table."""
     folder = tmp_path / "scenes"
-    arguments = [sys.executable, "-m", "triscale", "train", "scenes", "--train.steps", "20", "--run.dir", str(folder)]
-    done = run(arguments)
+    done = fresh("-m", "triscale", "train", "scenes", "--train.steps", "20", "--run.dir", str(folder))
     results = json.loads((folder / "results.json").read_text())
     names = ["val", "unseen", "v2", "sketch", "rendition", "adversarial", "objectnet"]
     assert list(results["sets"]) == names

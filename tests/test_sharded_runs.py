@@ -19,9 +19,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
+import forked
+import ranks
 import toy_sets
 from torchrun import Torchrun
 from triscale import runs
@@ -128,7 +129,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:
         each.close()
-    mp.spawn(work, (str(folder), ports), nprocs=4)  # type: ignore[attr-defined]
+    ranks.wait_for_all([forked.call(work, rank, str(folder), ports) for rank in range(4)])
     return folder
 
 

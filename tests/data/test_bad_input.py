@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import forked
 from odd_files import TarPart, tar_bytes
 from odd_images import BAD_IMAGES, JPEG, LARGEST, ODD_IMAGES, PNG
 from odd_sources import (
@@ -340,10 +341,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, run: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "triscale", "train", "--config", str(folder / "config.json")]
-    return subprocess.run(
-        [*command, "--run.dir", str(run), *options], capture_output=True, text=True, timeout=240, check=False
-    )
+    return forked.run(["train", "--config", folder / "config.json", "--run.dir", run, *options])
 
 
 def listed(run: Path) -> list[tuple[str, str]]:
