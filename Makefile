@@ -12,7 +12,7 @@ demo: $(STAMP)
 	@$(BIN)/triscale train scenes
 
 test: lint
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	@$(BIN)/pytest --run-slow -m slow

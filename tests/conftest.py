@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 
 import hypothesis
 import pytest
@@ -39,6 +43,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, skip in skips.items():
             if item.get_closest_marker(marker):
                 item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Of several workers (pytest -n), none runs a test while another runs one that is marked `alone`."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    with ExitStack() as held:
+        with locked("next", fcntl.LOCK_EX):  # else one that waits to be alone would wait for as long as others come
+            alone = item.get_closest_marker("alone") is not None
+            held.enter_context(locked("tests", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+        return (yield)
+
+
+@contextmanager
+def locked(name: str, how: int) -> Iterator[None]:
+    """Hold a lock that all test workers of this user know."""
+    path = os.path.join(tempfile.gettempdir(), f"triscale-tests-{os.getuid()}-{name}")
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(file, how)
+        yield
+        fcntl.flock(file, fcntl.LOCK_UN)  # whatever process a test may have forked
+    finally:
+        os.close(file)
 
 
 @pytest.fixture

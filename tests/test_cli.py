@@ -29,6 +29,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return status, captured.out, captured.err
 
 
+@pytest.mark.alone
 def test_help_answers_in_under_half_a_second() -> None:
     seconds = []
     for _ in range(3):

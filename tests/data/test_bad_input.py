@@ -121,6 +121,7 @@ def test_an_odd_image_is_seen_as_it_is_meant(name: str, tmp_path: Path) -> None:
         assert np.array_equal(row.image.values, seen), "training sees the same"
 
 
+@pytest.mark.alone
 def test_no_image_takes_more_memory_or_time_than_stated(tmp_path: Path) -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("tells the largest memory of a process on Linux alone")

@@ -114,6 +114,7 @@ def test_a_bug_in_a_worker_keeps_its_traceback():
         next(batches(make_reader(Buggy()), start=0, batch_size=4, workers=1))
 
 
+@pytest.mark.alone
 def test_closing_ends_the_workers_at_once():
     before = multiprocessing.active_children()
     running = batches(make_reader(), start=0, batch_size=8, workers=2)
