@@ -88,6 +88,8 @@ def measured(frozen: tuple[str, ...], layout: Layout) -> dict[str, dict[str, int
     inputs = {"image": torch.rand(BATCH, 3, 32, 32), "text": torch.randint(1, 51, (BATCH, 5))}
     step({lane: values[rows.start : rows.stop] for lane, values in inputs.items()})
     parameters = [p for module in model.values() for p in module.parameters()]
+    loaded = [parallel.shard_like(torch.zeros(p.shape), p) for p in parameters]
+    assert held_bytes(loaded) <= held_bytes(parameters), "a part of a checkpoint's tensor keeps all of it"
     common = {
         "weights": held_bytes(parameters),
         "buffers": held_bytes(b for module in model.values() for b in module.buffers()),
