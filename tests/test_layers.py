@@ -27,8 +27,9 @@ losses: dense tiled contrastive info_nce sigmoid nt_xent classification __init__
 training: __init__ settings host_memory parallel memory plan recovery remat batch_norm compilation staging lane step
 training: lockstep verify schedule adafactorw lars optim tensor_file checkpoint ema starvation log loop
 training: frozen initial
-evaluation: __init__ settings sets datasets encoder array_file predictions metrics zeroshot ranking matches retrieval
-evaluation: robustness suite tables picture
+evaluation: __init__ settings sets sidecars inert_pickle torchvision_files prompts places layouts truth datasets
+evaluation: encoder array_file predictions metrics zeroshot ranking matches retrieval robustness suite tables details
+evaluation: picture
 planning: __init__ cost
 config validation run_folder hub model_files inference onnx_graphs exporting
 recipes: scenes emoji clipart basic __init__

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,8 @@ from triscale.randomness import derive_seed
 
 MAX_CAPTION_BYTES = 16 * 1024
 MAX_METADATA_BYTES = 1024 * 1024
+LABEL_SEPARATOR = "|"
+"""Between the labels of a sample that has several."""
 
 # C0 and C1 control characters other than white space; NUL among them.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
@@ -92,6 +94,22 @@ def read_label(sample: Sample) -> int:
     return int(match[1])
 
 
+def read_labels(sample: Sample, numbers: Mapping[str, int]) -> tuple[int, ...]:
+    """Every label of a sample for evaluation: numbers or names, several separated by `|`; none where it has no label.
+
+    Args:
+        numbers: of labels by their names; what is spelled as a name is that label, even where it is a number, too.
+
+    Raises:
+        BadSample: label-not-a-number: one is neither a number nor a name, or is no text.
+    """
+    if sample.label is None:
+        return ()
+    text = label_text(sample)
+    parts = [text] if text in numbers else [part.strip() for part in text.split(LABEL_SEPARATOR)]
+    return tuple(_label_number(part, numbers) for part in parts if part)
+
+
 def sample_id(sample: Sample, rules: CaptionRules, caption: str) -> int:
     """What makes samples positives of each other: those of an equal id; a negative id is unique.
 
@@ -104,6 +122,25 @@ def sample_id(sample: Sample, rules: CaptionRules, caption: str) -> int:
         return derive_seed("label", rules.source, read_label(sample))
     spelled = " ".join(caption.casefold().split())
     return int.from_bytes(hashlib.blake2b(spelled.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def label_text(sample: Sample) -> str:
+    """What stands for a sample's label, "" where nothing does. Raises BadSample: label-not-a-number: it is no text."""
+    label = sample.label or b""
+    if len(label) > MAX_CAPTION_BYTES:
+        raise BadSample("label-not-a-number")
+    try:
+        return label.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise BadSample("label-not-a-number") from None
+
+
+def _label_number(text: str, numbers: Mapping[str, int]) -> int:
+    if text in numbers:
+        return numbers[text]
+    if _LABEL.fullmatch(text.encode()) is None:
+        raise BadSample("label-not-a-number")
+    return int(text)
 
 
 def _candidates(sample: Sample, fields: Sequence[str], classnames: Sequence[str]) -> list[list[str]]:

@@ -49,14 +49,24 @@ class CsvSource:
         paths: the files; UTF-8, each with a header.
         folder: what image paths are relative to and must not leave.
         columns: see `tables.choose_columns`.
+        keyed_by_path: whether a row's key is its image's path.
 
     Raises:
         UsageError: a file is missing, no table or empty, or has not the columns.
     """
 
-    def __init__(self, name: str, paths: Sequence[str], folder: str, columns: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        paths: Sequence[str],
+        folder: str,
+        columns: Sequence[str] = (),
+        *,
+        keyed_by_path: bool = False,
+    ) -> None:
         self.name = name
         self.folder = os.path.realpath(folder)
+        self._keyed_by_path = keyed_by_path
         self._tables = [_open_table(path, columns) for path in paths]
         self._ends = np.cumsum([table.rows for table in self._tables])
         stamps = [table.stamp for table in self._tables]
@@ -87,7 +97,7 @@ class CsvSource:
         fields = _fields(self._record(number, row), table, key)
         columns = table.columns
         return make_sample(
-            key,
+            fields[columns.image] if self._keyed_by_path else key,
             fields[columns.image] if image else b"",
             [fields[caption] for caption in columns.captions],
             fields[columns.label] if columns.label else None,

@@ -102,7 +102,7 @@ def open_hub(spec: str, root: str, columns: Sequence[str] = ()) -> HubSource:
     folder = os.path.join(root, name)
     try:
         if os.path.isdir(folder):
-            found, folders = package.load_from_disk(folder), (folder,)
+            found, folders = _open_folder(package, folder, match["split"]), (folder,)
         else:
             # Of the caches, the two that hold data and nothing else.
             constants = import_module("huggingface_hub.constants")
@@ -112,6 +112,12 @@ def open_hub(spec: str, root: str, columns: Sequence[str] = ()) -> HubSource:
     except (OSError, ValueError, RuntimeError, package.exceptions.DatasetsError) as error:
         raise UsageError(f"hf:{spec} cannot be opened: {' '.join(str(error).split())[:300]}") from error
     return HubSource(f"hf:{spec}", _one_split(found, match["split"], spec), folders, columns)
+
+
+def _open_folder(package: Any, folder: str, split: str | None) -> Any:
+    """What `save_to_disk` wrote, or the files of a data set as they lie on the hub."""
+    saved = any(os.path.exists(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
+    return package.load_from_disk(folder) if saved else package.load_dataset(folder, split=split)
 
 
 def _one_split(found: Any, split: str | None, spec: str) -> Any:

@@ -7,8 +7,9 @@ in the row group that the sample lies in, and the last ones are kept, up to a bu
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,6 +45,9 @@ class ParquetSource:
         folder: what image paths are relative to and must not leave.
         columns: see `tables.choose_columns`.
 
+    Attributes:
+        classnames: of labels 0, 1, ..., where a Hugging Face data set has written them into the first file.
+
     Raises:
         UsageError: pyarrow is not installed; a file is damaged, has not the columns or too large row groups; no rows.
     """
@@ -54,10 +58,13 @@ class ParquetSource:
         rows, file_of_group, number_in_file = list[int](), list[int](), list[int]()
         stamps: list[tuple[int, int]] = []
         self._columns: Columns | None = None
+        self.classnames: tuple[str, ...] = ()
         for number, path in enumerate(paths):
             stamps.append(_stamp(path))
             file = _open(path)
-            self._columns = self._columns or choose_columns(file.schema_arrow.names, columns, path)
+            if self._columns is None:
+                self._columns = choose_columns(file.schema_arrow.names, columns, path)
+                self.classnames = _classnames(file.schema_arrow.metadata or {}, self._columns.label)
             needed = [self._columns.image, *self._columns.beside_image]
             absent = [column for column in needed if column not in file.schema_arrow.names]
             if absent:
@@ -132,6 +139,15 @@ def _open(path: str) -> Any:
         raise UsageError(
             f"{path} is no Parquet file, or it is damaged: {' '.join(str(error).split())[:200]}"
         ) from error
+
+
+def _classnames(metadata: Mapping[bytes, bytes], label: str | None) -> tuple[str, ...]:
+    """The names that a Hugging Face data set's features give to labels; none where they are not there or not names."""
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return ()
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
 
 
 def _group_rows(metadata: Any, path: str, columns: Sequence[str]) -> list[int]:

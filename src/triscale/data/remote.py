@@ -39,6 +39,10 @@ _OPEN_SHARDS = 256
 _GONE_TRIES = 8
 
 
+class UnknownCount(UsageError):
+    """Nothing beside shards behind URLs says how many samples they hold."""
+
+
 class RemoteShards:
     """The samples of tar shards behind URLs. May be pickled to worker processes; each fetches ahead for all of a node.
 
@@ -175,18 +179,19 @@ def shard_counts(urls: Sequence[str]) -> list[int]:
     """How many samples each shard holds, as `data index` (counts.json) or img2dataset (NAME_stats.json) says.
 
     Raises:
-        UsageError: neither says so.
+        UnknownCount: neither says so.
+        UsageError: what they say could not be read.
     """
     places = {f"{folder}/{FOLDER}/{COUNTS_FILE}": folder for folder in sorted({_folder(url) for url in urls})}
-    known = {places[place]: parse_counts(content) for place, content in _read_all(list(places)).items()}
+    known = {places[place]: parse_counts(content) for place, content in read_files(list(places)).items()}
     counts = {url: known.get(_folder(url), {}).get(url.rpartition("/")[2]) for url in urls}
     found: dict[str, Count | None] = {url: None if entry is None else entry[1] for url, entry in counts.items()}
     stats = {stats_file(url): url for url in urls if found[url] is None}
-    for place, content in _read_all(list(stats)).items():
+    for place, content in read_files(list(stats)).items():
         found[stats[place]] = parse_img2dataset(content)
     missing = [url for url in urls if found[url] is None]
     if missing:
-        raise UsageError(
+        raise UnknownCount(
             f"how many samples {missing[0]} holds is not known ({len(missing)} of {len(urls)} shards): put what "
             f"triscale data index writes, or img2dataset's _stats.json, beside the shards"
         )
@@ -212,8 +217,12 @@ def _matching(pattern: str) -> list[str]:
     return urls
 
 
-def _read_all(urls: Sequence[str]) -> dict[str, bytes]:
-    """What small files at `urls` hold, read together; those that are not there, or too large, are left out."""
+def read_files(urls: Sequence[str], limit: int = MAX_COUNTS_BYTES) -> dict[str, bytes]:
+    """What small files at `urls` hold, read together; those that are not there, or too large, are left out.
+
+    Raises:
+        UsageError: no package for this kind of URL is installed, or one could not be read in six tries.
+    """
     found: dict[str, bytes] = {}
     waiting, failure = list(urls), None
     for pause in (0.0, *RETRY_SECONDS):
@@ -224,7 +233,7 @@ def _read_all(urls: Sequence[str]) -> dict[str, bytes]:
         waiting = []
         for url, content in contents.items():
             if isinstance(content, bytes):
-                found.update({url: content} if len(content) <= MAX_COUNTS_BYTES else {})
+                found.update({url: content} if len(content) <= limit else {})
             elif not isinstance(content, FileNotFoundError | PermissionError):  # stores say either of what is not there
                 waiting.append(url)
                 failure = content

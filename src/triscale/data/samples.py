@@ -94,6 +94,16 @@ class PartlyUsed(Protocol):
 
 
 @runtime_checkable
+class NamesLabels(Protocol):
+    """A source whose labels have names."""
+
+    @property
+    def classnames(self) -> tuple[str, ...]:
+        """Of labels 0, 1, ...; empty where they have none after all."""
+        ...
+
+
+@runtime_checkable
 class Source(Protocol):
     """A finite, indexed collection of samples. May be pickled to worker processes and read from several at once."""
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from triscale.data.captions import LABEL_SEPARATOR
 from triscale.data.entries import MAX_IMAGE_BYTES
 from triscale.data.files import read_below
 from triscale.data.samples import BadSample, Sample
 from triscale.errors import UsageError
 
 USUAL_COLUMNS = {
-    "image": ("filepath", "image", "image_path", "img", "path", "file_name"),
+    "image": ("filepath", "image", "image_path", "img", "path", "file_name", "filename", "file"),
     "caption": ("title", "caption", "captions", "text"),
     "label": ("label", "labels", "cls", "class"),
 }
@@ -80,7 +81,7 @@ def make_sample(key: str, image: object, captions: Sequence[object], label: obje
     Args:
         image: bytes, a path below `folder`, {"bytes": ..., "path": ...}; b"" where it was not asked for.
         captions: text, lists of text, or None where there is none; each is one line of the sample's text.
-        label: a number or its digits; None where there is none.
+        label: a number or its digits, or for evaluation a name, or a list of these; None where there is none.
         folder: what paths are relative to and must not leave, as os.path.realpath gives it.
 
     Raises:
@@ -93,6 +94,8 @@ def make_sample(key: str, image: object, captions: Sequence[object], label: obje
         for text in (caption if isinstance(caption, list | tuple) else [caption])
         if not _is_null(text)
     ]
+    if isinstance(label, list | tuple):
+        label = LABEL_SEPARATOR.join(str(each) for each in label)
     if isinstance(label, float) and label.is_integer():  # whole numbers among which one is missing, by pandas
         label = int(label)
     return Sample(

@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import UInt8
 
-from triscale.data.captions import all_captions, read_label
+from triscale.data.captions import all_captions, read_labels
 from triscale.data.decode import decode_image
-from triscale.data.lists import quote
+from triscale.data.lists import did_you_mean, quote
 from triscale.data.samples import BadSample, Sample, Source
 from triscale.errors import UsageError
 
@@ -47,15 +47,20 @@ class EvaluationSet:
     templates: tuple[str, ...] = ()
     """Prompt templates with `{c}` where the class name goes."""
     class_of_label: tuple[int, ...] = ()
-    """For each label of the source, the index of its name in `classnames`."""
+    """For each label of the class list, the index of its name in `classnames`."""
     skipped: int = 0
     """Entries of the shards that the source left out: duplicate keys, samples without an image, links."""
     allowed: tuple[int, ...] | None = None
     """Classes that may be guessed, ascending and distinct; the scores of all others are masked. None: all."""
     multi_label: bool = False
     """Whether a sample may have several right classes, or none: then it is left out of the scores and counted."""
+    label_numbers: Mapping[str, int] = field(default_factory=dict)
+    """Names that samples may have for labels in place of numbers."""
     right_labels: Mapping[str, tuple[int, ...]] | None = None
-    """Labels of the source by sample key, in place of the samples' own; a key that is not there has none."""
+    """Labels of the class list by sample key, in place of the samples' own; a key that is not there has none."""
+    stands_for: Mapping[int, tuple[int, ...]] | None = None
+    """For labels that samples have, the labels of the class list that they stand for; one that is not there stands for
+    none. None: each for itself."""
     levels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """By name of a level, such as synonyms or a hierarchy's: for each class the number of its group. A guess counts at
     a level if its group is that of a right class."""
@@ -109,15 +114,30 @@ class EvaluationSet:
         if self.right_labels is not None:
             labels = self.right_labels.get(sample.key, ())
         else:
-            try:
-                labels = (read_label(sample),)
-            except BadSample as fault:
-                raise UsageError(f"{where}: {fault.reason}; KEY.cls must hold the class's number, from 0") from fault
+            labels = self._own_labels(sample, where)
         for label in labels:
             if not 0 <= label < len(self.class_of_label):
                 raise UsageError(
                     f"{where}: label {label} is out of range; {len(self.class_of_label)} class names count from 0"
                 )
-        if len(labels) != 1 and not self.multi_label:
+        if not labels and not self.multi_label:
+            raise UsageError(f"{where}: label-missing; {self._expected()}")
+        if len(labels) > 1 and not self.multi_label:
             raise UsageError(f"{where}: it has {len(labels)} labels, and each sample of this set must have one")
         return tuple(dict.fromkeys(self.class_of_label[label] for label in labels))
+
+    def _own_labels(self, sample: Sample, where: str) -> tuple[int, ...]:
+        """The labels of the class list that a sample's own stand for."""
+        try:
+            labels = read_labels(sample, self.label_numbers)
+        except BadSample as fault:
+            hint = did_you_mean((sample.label or b"").decode("utf-8", "replace"), self.label_numbers)
+            said = quote(sample.label or b"")
+            raise UsageError(f"{where}: {fault.reason}: {said}; {hint or self._expected()}") from fault
+        if self.stands_for is None:
+            return labels
+        return tuple(number for label in labels for number in self.stands_for.get(label, ()))
+
+    def _expected(self) -> str:
+        names = " or its name" if self.label_numbers else ""
+        return f"its label (KEY.cls, or the label's column) must be the class's number, from 0{names}"
