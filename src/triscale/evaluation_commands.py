@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NotRequired
 
 from rich.console import Console
 
 from triscale import distributed
 from triscale.errors import UsageError
-from triscale.evaluation.datasets import open_sets
+from triscale.evaluation.datasets import SetOptions, open_own_set, open_sets
+from triscale.evaluation.details import Details, class_details, details_tables
 from triscale.evaluation.robustness import Line, fit_reference
 from triscale.evaluation.sets import EvaluationSet
-from triscale.evaluation.suite import Results, base_set, write_evaluation
+from triscale.evaluation.suite import Evaluation, Results, base_set, write_evaluation
 from triscale.evaluation.suite import evaluate as evaluate_sets
 from triscale.evaluation.tables import guesses_table, results_table
 from triscale.evaluation_options import ClassifyOptions, EvalOptions, parse_labels
@@ -27,38 +29,70 @@ COLLECTIVE_TIMEOUT_SECONDS = 600.0
 MOST_WORKERS = 16
 
 
-def evaluate(options: EvalOptions, report: Report) -> Results | None:
+class DetailedResults(Results):
+    """What `eval --json` writes."""
+
+    details: NotRequired[dict[str, Details]]
+    """By set, where they are asked for."""
+
+
+def evaluate(options: EvalOptions, report: Report) -> DetailedResults | None:
     """Score a model on evaluation sets and print the table; under torchrun all processes share the work.
 
     Returns:
-        The results; None on all processes but the first.
+        The results, with details where they are asked for; None on all processes but the first.
     """
     if options.batch_size < 1 or (options.workers or 0) < 0:
         raise UsageError("--batch-size must be at least 1, --workers at least 0")
     device = options.device.partition(":")[0]
     with distributed.process_group(device, COLLECTIVE_TIMEOUT_SECONDS):
         first = distributed.rank() == 0
+        sets, shifts = _open(options)
+        base = base_set(sets, shifts, options.base)
+        reference = _reference(options, base, shifts)
         model = load(options.run, options.device, step=options.checkpoint, report=report if first else _silent)
         workers = _default_workers(device) if options.workers is None else options.workers
         encoder = replace(model.encoder, batch_size=options.batch_size, workers=workers)
-        sets, shifts = _open(options)
-        base = base_set(sets, shifts, options.base)
-        evaluation = evaluate_sets(encoder, sets, shifts, base, _reference(options, base, shifts))
+        evaluation = evaluate_sets(encoder, sets, shifts, base, reference)
     if not first:
         return None
     if options.output:
         write_evaluation(Path(options.output), evaluation)
-    Console(highlight=False).print(results_table(evaluation.results))
-    return evaluation.results
+    console = Console(highlight=False)
+    console.print(results_table(evaluation.results))
+    values = DetailedResults(**evaluation.results)
+    if options.details or options.images:
+        values["details"] = _details(sets, evaluation)
+        for name, details in values["details"].items():
+            console.print(details_tables(name, details))
+    return values
+
+
+def _details(sets: Sequence[EvaluationSet], evaluation: Evaluation) -> dict[str, Details]:
+    classified = [each for each in sets if each.task == "classification"]
+    return {each.name: class_details(each, evaluation.predictions[each.name]) for each in classified}
 
 
 def _open(options: EvalOptions) -> tuple[list[EvaluationSet], tuple[str, ...]]:
-    """The sets that are named, or else the run's own, and which of them are shifted."""
+    """The sets that are named, the user's own images, or else the run's own sets; and which of them are shifted."""
+    said = SetOptions(
+        classes=options.classes,
+        templates=options.templates,
+        columns=options.columns,
+        cache=options.cache,
+        cache_gib=options.cache_gib,
+    )
+    if options.images:
+        if options.data:
+            raise UsageError("--images is in place of --data: give one of them")
+        return [open_own_set(options.images, options.labels, said)], options.shifts
+    if options.labels:
+        raise UsageError("--labels is of --images: which folder are the images in?")
     if options.data:
-        return open_sets(options.data), options.shifts
+        return open_sets(options.data, "", said), options.shifts
     folder, _ = split_checkpoint(Path(options.run))
     data, root, shifts = evaluation_of(folder)
-    return open_sets(data, root), shifts
+    return open_sets(data, root, said), shifts
 
 
 def _reference(options: EvalOptions, base: str, shifts: Sequence[str]) -> dict[str, Line] | None:

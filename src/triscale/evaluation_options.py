@@ -18,8 +18,27 @@ class EvalOptions:
     """A run folder or one of its checkpoints, a model of open_clip or Hugging Face, or hf-hub:ORGANISATION/NAME
     (docs/exchange.md)."""
     data: tuple[str, ...] = ()
-    """Evaluation sets: folders or globs in CLIP_benchmark's layout or of class folders, or "scenes:NAME". None given:
-    those of the run."""
+    """Evaluation sets: folders, globs or URLs in CLIP_benchmark's layout, class folders, "hf:ORG/NAME:SPLIT",
+    "torchvision:cifar10:DIR", tables or shards with labels, "scenes:NAME" (docs/evaluation.md). None given: those of
+    the run."""
+    images: str = ""
+    """In place of --data, a folder of your own images: with --labels, or of class folders."""
+    labels: str = ""
+    """CSV file with a header: images' paths below --images, and each one's label by name or number (several with "|"
+    between them)."""
+    classes: str = ""
+    """Class names in place of those of the sets: a file with one a line, or "open_clip:imagenet"."""
+    templates: str = ""
+    """Prompt templates in place of those of the sets: a file with one a line, {c} for the class name, or "clip",
+    "open_clip:imagenet", "open_clip:simple"."""
+    columns: tuple[str, ...] = ()
+    """Columns of tables: "image=NAME", "label=NAME"."""
+    details: bool = False
+    """Tell of every class, of the classes taken for each other, and of the surest mistakes; with --images always."""
+    cache: str = ""
+    """Folder for shards behind URLs; empty: the user's own cache."""
+    cache_gib: float = 100.0
+    """Most that the cache may hold."""
     shifts: tuple[str, ...] = ()
     """Names of those sets whose distribution is shifted; their mean and the drop are given."""
     base: str = ""

@@ -27,7 +27,7 @@ from triscale.config import RunConfig, lanes
 from triscale.data.mixture import Mixture
 from triscale.data.rows import BatchReader
 from triscale.errors import UsageError
-from triscale.evaluation.datasets import open_sets
+from triscale.evaluation.datasets import SetOptions, open_sets
 from triscale.evaluation.encoder import Encoder
 from triscale.evaluation.sets import EvaluationSet
 from triscale.evaluation.suite import base_set
@@ -122,7 +122,8 @@ def check(config: RunConfig) -> Checked:
         reuse_large_buffers()
     check_model(config)
     mixture = open_training_data(config)
-    sets = open_sets(config.data.eval, config.data.root) if "text" in lanes(config) else []
+    fetched = SetOptions(cache=config.data.cache, cache_gib=config.data.cache_gib)
+    sets = open_sets(config.data.eval, config.data.root, fetched) if "text" in lanes(config) else []
     if sets:
         base_set(sets, config.data.shifts)
     return Checked(config=config, mixture=mixture, sets=sets, device=device)

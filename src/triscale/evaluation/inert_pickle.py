@@ -18,7 +18,7 @@ from triscale.data.lists import quote
 from triscale.errors import UsageError
 
 MAX_PICKLE_BYTES = 256 * 2**20
-_LONG_STRING = 2**16
+_LONG_STRING = 3072
 """Strings of this many bytes are told by their place alone."""
 _HEADER_BYTES = {"SHORT_BINSTRING": 2, "BINSTRING": 5, "SHORT_BINBYTES": 2, "BINBYTES": 5}
 """Bytes of an instruction before its string."""

@@ -130,8 +130,9 @@ def read_slices(file: SmallFile, keys: Callable[[], Sequence[str]]) -> dict[str,
     where, slices = quote(file.where), _json_object(file, "{slice: [key, ...]}")
     known = keys()
     for name, listed in slices.items():
-        if not name or not isinstance(listed, list) or not all(isinstance(key, str) for key in listed):
-            raise UsageError(f"{where}: slice {quote(name)} must have a name and a list of sample keys")
+        is_named = bool(name.strip()) and name.isprintable()
+        if not is_named or not isinstance(listed, list) or not all(isinstance(key, str) for key in listed):
+            raise UsageError(f"{where}: slice {quote(name)} must have a name to print and a list of sample keys")
         _check_keys(listed, known, f"{where}, slice {quote(name)}")
     return {name: frozenset(listed) for name, listed in slices.items()}
 
