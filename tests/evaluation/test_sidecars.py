@@ -114,7 +114,7 @@ FAULTS: dict[str, tuple[dict[str, object], str]] = {
     "mapping: twice": ({"class_mapping": '{"1": 0, "1": 2}'}, "'1' is there twice"),
     "right: other keys": (
         {"right_labels": {"000": [1]}},
-        "none of its 1 keys is a sample's: '000'; did you mean '0000'?",
+        "none of its 1 keys is a sample's: '000'; did you mean '000",
     ),
     "right: wrong number": ({"right_labels": [[0]]}, "a list of 1, and the set has 5 samples"),
     "right: no list": ({"right_labels": 3}, "must hold {key"),

@@ -8,6 +8,7 @@ the array is told by its shape and by where its bytes lie in the file. Any other
 
 from __future__ import annotations
 
+import io
 import pickletools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -68,11 +69,11 @@ def read_inert_pickle(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file() or path.stat().st_size > MAX_PICKLE_BYTES:
             raise _Refused("it is no file, or a larger one than is read")
-        with path.open("rb") as file:
-            made = _Machine().run(file)
+        # In memory, where a length that a pickle claims is cut to what there is; a file would have it all allocated.
+        made = _Machine().run(io.BytesIO(path.read_bytes()))
     except OSError as error:
         raise UsageError(f"{quote(str(path))}: {error.strerror or 'cannot be read'}") from error
-    except (_Refused, ValueError, IndexError, KeyError, TypeError) as error:
+    except (_Refused, ValueError, IndexError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{quote(str(path))}: not CIFAR's file as it is published; {quote(str(error))} (pickles are never executed)"
         ) from error
@@ -87,7 +88,7 @@ class _Machine:
     marks: list[int] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
 
-    def run(self, file: Any) -> Any:
+    def run(self, file: io.BytesIO) -> Any:
         """What the pickle in `file` makes."""
         instructions: Iterator[tuple[Any, Any, Any]] = pickletools.genops(file)
         for code, argument, position in instructions:
