@@ -93,7 +93,8 @@ class DataSettings:
     cache_gib: float = 100.0
     """Most that the cache may hold; it should have room for two windows of shards of every source."""
     eval: tuple[str, ...] = ()
-    """Evaluation sets: "scenes:NAME", or folders in CLIP_benchmark's layout as paths or globs below `root`."""
+    """Evaluation sets: "scenes:NAME", folders in CLIP_benchmark's layout as paths or globs below `root`, URLs and more
+    (docs/evaluation.md)."""
     shifts: tuple[str, ...] = ()
     """Names of the evaluation sets whose mean is `shift_mean`; the drop is measured from the first set of `eval`."""
     image_size: int = 32
