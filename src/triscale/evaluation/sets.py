@@ -120,9 +120,9 @@ class EvaluationSet:
                 raise UsageError(
                     f"{where}: label {label} is out of range; {len(self.class_of_label)} class names count from 0"
                 )
-        if not labels and not self.multi_label:
+        if not labels and not self.multi_label and self.right_labels is None:
             raise UsageError(f"{where}: label-missing; {self._expected()}")
-        if len(labels) > 1 and not self.multi_label:
+        if len(labels) != 1 and not self.multi_label:
             raise UsageError(f"{where}: it has {len(labels)} labels, and each sample of this set must have one")
         return tuple(dict.fromkeys(self.class_of_label[label] for label in labels))
 
