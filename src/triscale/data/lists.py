@@ -63,6 +63,11 @@ def read_small(path: Path) -> bytes:
         raise UsageError(f"{quote(str(path))}: {error.strerror or 'cannot be read'}") from error
 
 
+def read_lines(path: Path) -> list[str]:
+    """As `parse_lines`, of a file. Raises UsageError as `read_small`, too."""
+    return parse_lines(read_small(path), str(path))
+
+
 def parse_lines(content: bytes, where: str) -> list[str]:
     """The lines of a small text file, without white space around them and without empty lines at the end.
 
