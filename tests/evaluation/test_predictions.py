@@ -68,7 +68,7 @@ def test_a_file_whose_arrays_do_not_fit_each_other_is_refused(tmp_path: Path, fa
     made().save(path)
     arrays = load_file(path)
     FAULTS[fault](arrays)
-    save_file(arrays, path, metadata={"bad": "{}"})
+    save_file(arrays, path, metadata={"value": "{}"})
     with pytest.raises(UsageError, match="cannot be read" if fault == "lacks" else fault):
         Predictions.load(path)
 
@@ -77,7 +77,7 @@ def test_a_file_whose_arrays_do_not_fit_each_other_is_refused(tmp_path: Path, fa
 def test_counts_of_bad_samples_that_are_none_are_refused(tmp_path: Path, bad: str) -> None:
     path = tmp_path / "a.safetensors"
     made().save(path)
-    save_file(load_file(path), path, metadata={"bad": bad})
+    save_file(load_file(path), path, metadata={"value": bad})
     with pytest.raises(UsageError, match="cannot be read"):
         Predictions.load(path)
 
