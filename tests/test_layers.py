@@ -19,7 +19,7 @@ errors randomness distributed
 data: __init__ settings samples unchanged permutation shuffle order distinct paths entries tar files shard_index shards
 data: cache remote headers crop resize decode augment lists captions text tokenizer named_tokenizers folders tables
 data: csv_rows parquet hub drawing scene_words scenes sources quarantine processes workers indexing stats stats_page
-data: canvases images rows ids loader features mixture pack
+data: canvases images rows ids loader features subset mixture pack
 models: __init__ settings presets normalisation coatnet image text hf_text projection dual_encoder prompts
 models: clip_towers interop open_clip_rules interop_open_clip interop_hf weights
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps
@@ -30,12 +30,14 @@ training: frozen initial
 evaluation: __init__ settings sets sidecars inert_pickle torchvision_files prompts places layouts truth datasets
 evaluation: encoder array_file predictions metrics zeroshot ranking matches retrieval robustness suite tables details
 evaluation: picture
+evaluation: features labels probe_rows knn linear_probe few_shot probe
 planning: __init__ cost
 config validation run_folder hub model_files inference onnx_graphs exporting
 recipes: scenes emoji clipart basic __init__
 options evaluation_options arguments assembly model_assembly feature_cache feed scores
+probing_options image_models feature_store probe_sets
 bench: __init__ measure table picture peers towers loss step once commands data
-data_commands evaluation_commands verification run_parts runs phases cli
+data_commands evaluation_commands verification run_parts runs phases fine_tuned probing_commands cli
 __init__ __main__
 """
 

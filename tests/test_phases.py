@@ -183,7 +183,7 @@ def test_features_of_the_frozen_tower_leave_the_losses_as_they_are(
 ) -> None:
     """Dropout on the features is the same; without them the frozen part is unchanged, too."""
     config = read_recipe(undisturbed / "2-text/config.json")
-    assert isinstance(config, RunConfig) and list((undisturbed / "2-text/features").glob("*/*.npy"))
+    assert isinstance(config, RunConfig) and list((undisturbed / "2-text/features").glob("*/*.safetensors"))
     one = tmp_path / "one.json"
     shutil.copy(undisturbed / "2-text/config.json", one)
     options = ["--train.init", str(undisturbed / "1-image"), "--data.cache-features", "off"]

@@ -238,12 +238,12 @@ def _expected(foreign: ForeignModel) -> dict[str, Tensor]:
     return {**checkpoint.module_tensors(model.towers()), **scalars}
 
 
-def read_resolved(path: Path) -> Resolved:
-    """What of resolved.json the towers are built from."""
+def read_resolved(path: Path, *, text: bool = True) -> Resolved:
+    """What resolved.json says of the towers; with `text` there has to be a text tower."""
     values = _read_object(path, [field.name for field in dataclasses.fields(Resolved)])
     # The file also records what the towers don't depend on.
     resolved = from_dict(Resolved, {field.name: values[field.name] for field in dataclasses.fields(Resolved)})
-    if resolved.vocabulary < 1 or resolved.tokens < 1:
+    if text and (resolved.vocabulary < 1 or resolved.tokens < 1):
         raise UsageError(f"{str(path)!r}: vocabulary and tokens must be at least 1")
     return resolved
 

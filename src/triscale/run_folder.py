@@ -104,7 +104,7 @@ def trained_pair(folder: Path, report: Callable[[str], None]) -> Path:
     Raises:
         UsageError: there is no text tower in it.
     """
-    if not _is_run(folder):
+    if not is_run(folder):
         return folder  # such as an exported model
     parts = parts_of(folder)
     pairs = [part for part, config in parts.items() if lanes(config) == LANES]
@@ -119,7 +119,7 @@ def trained_pair(folder: Path, report: Callable[[str], None]) -> Path:
     return chosen
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     """Whether the folder was begun by a run; other packages have a config.json, too."""
     try:
         values = json.loads(Files(folder).config.read_text(encoding="utf-8"))

@@ -206,8 +206,7 @@ class Cache:
 
 def open_cache(folder: str, limit_gib: float) -> Cache:
     """The cache in `folder`, or in the user's own; made if it is not there. Raises UsageError where it cannot be."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    path = Path(folder or os.path.join(base, "triscale", "remote"))
+    path = Path(folder) if folder else user_cache("remote")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -215,6 +214,12 @@ def open_cache(folder: str, limit_gib: float) -> Cache:
             f"the cache {path} cannot be made: {error.strerror}; name another with --data.cache"
         ) from error
     return Cache(folder=path, limit_bytes=int(limit_gib * 2**30), since=time.time())
+
+
+def user_cache(name: str) -> Path:
+    """The folder `name` in what the user keeps for this package beyond its runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base, "triscale", name)
 
 
 def _tried(url: str, attempt: Callable[[], Done]) -> Done:

@@ -172,7 +172,7 @@ def _raw_captions(sample: Sample, field: str, classnames: Sequence[str]) -> list
         return _classname(sample, classnames)
     if field == "txt":
         return None if sample.text is None else _decode(sample.text).splitlines()
-    value = _metadata(sample).get(field.removeprefix("json:"))
+    value = read_metadata(sample).get(field.removeprefix("json:"))
     captions = [value] if isinstance(value, str) else value
     if not isinstance(captions, list):
         return None
@@ -191,8 +191,8 @@ def _decode(text: bytes) -> str:
         raise BadSample("caption-not-utf8") from None
 
 
-def _metadata(sample: Sample) -> dict[str, object]:
-    """The `.json` sidecar; empty where there is none."""
+def read_metadata(sample: Sample) -> dict[str, object]:
+    """The `.json` sidecar; empty where there is none. Raises BadSample: metadata-too-large or metadata-not-json."""
     if sample.metadata is None:
         return {}
     if len(sample.metadata) > MAX_METADATA_BYTES:

@@ -12,8 +12,12 @@ from torch import Tensor
 
 from triscale.data.augment import Augmentation
 from triscale.data.canvases import Canvases
+from triscale.data.decode import decode_image
+from triscale.data.resize import fit_square
 from triscale.data.samples import Sample
-from triscale.data.settings import DataSettings
+from triscale.data.settings import DataSettings, Fit
+
+_NO_NUMBERS = np.empty(0, dtype=np.float32)
 
 
 class ImageRow(NamedTuple):
@@ -77,3 +81,30 @@ class Pixels:
             canvas[:] = row.values.transpose(2, 0, 1)
         numbers = torch.from_numpy(np.stack([row.numbers for row in rows]))
         return self.augmentation.apply(torch.from_numpy(canvases), numbers)
+
+
+class FittedImages:
+    """Images as evaluation shows them to a tower: made square, nothing drawn, nothing kept. Satisfies `ImageRows`.
+
+    Args:
+        size: side in pixels.
+        fit: how an image becomes square.
+    """
+
+    def __init__(self, size: int, fit: Fit) -> None:
+        self.size = size
+        self.fit: Fit = fit
+        self.row_bytes = 3 * size**2
+
+    def __contains__(self, place: tuple[int, int]) -> bool:
+        return False
+
+    def draw(self, sample: Sample, place: tuple[int, int], rng: np.random.Generator) -> ImageRow:
+        """The square of a sample's image."""
+        image = sample.image
+        pixels = decode_image(image, min_side=self.size) if isinstance(image, bytes) else image
+        return ImageRow(fit_square(pixels, self.size, self.fit), _NO_NUMBERS)
+
+    def stack(self, rows: Sequence[ImageRow]) -> UInt8[Tensor, "m 3 s s"]:
+        """The squares."""
+        return torch.from_numpy(np.stack([row.values for row in rows])).permute(0, 3, 1, 2).contiguous()

@@ -91,7 +91,7 @@ class EvaluationSet:
         image = sample.image
         return Example(
             key=sample.key,
-            labels=self._labels(sample) if self.task == "classification" else (),
+            labels=self.labels_of(sample) if self.task == "classification" else (),
             captions=tuple(all_captions(sample, CAPTION_FIELDS)) if self.task == "retrieval" else (),
             image=decode_image(image, min_side=min_side) if isinstance(image, bytes) else image,
         )
@@ -104,12 +104,16 @@ class EvaluationSet:
         """Raise UsageError if one of `samples` labels, evenly spread over the set, is wrong."""
         for index in range(0, len(self), max(1, len(self) // samples)):
             try:
-                self._labels(self.source.read(index, image=False))
+                self.labels_of(self.source.read(index, image=False))
             except BadSample:
                 continue
 
-    def _labels(self, sample: Sample) -> tuple[int, ...]:
-        """The right classes of a sample, distinct, in the order of their labels."""
+    def labels_of(self, sample: Sample) -> tuple[int, ...]:
+        """The right classes of a sample, read with its image or without: distinct, in the order of their labels.
+
+        Raises:
+            UsageError: as `read`.
+        """
         where = f"evaluation set {quote(self.name)}, sample {quote(sample.key)}"
         if self.right_labels is not None:
             labels = self.right_labels.get(sample.key, ())
