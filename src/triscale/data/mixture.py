@@ -19,6 +19,7 @@ from triscale.data.remote import open_remote_shards
 from triscale.data.samples import PartlyUsed, ShardedSource, Source
 from triscale.data.settings import DataSettings, SourceSettings, train_sources
 from triscale.data.sources import EXPECTED, has_columns, is_remote, open_source, split_kind
+from triscale.data.subset import take_subset
 from triscale.errors import UsageError
 
 CLIP_TEMPLATES = (
@@ -88,7 +89,8 @@ def open_mixture(data: DataSettings) -> Mixture:
     tables = [source.spec for source in named if data.columns and has_columns(source.spec, data.root)]
     return Mixture(
         sources=tuple(
-            _open(source.spec, data, () if tables and source.spec not in tables else data.columns) for source in named
+            _part(_open(source.spec, data, () if tables and source.spec not in tables else data.columns), source)
+            for source in named
         ),
         captions=tuple(_rules(number, source, data) for number, source in enumerate(named)),
         weights=weights or None,
@@ -105,6 +107,10 @@ def _open(spec: str, data: DataSettings, columns: Sequence[str]) -> Source:
     if not data.window_shards:
         raise UsageError(f"{spec}: shards that are fetched come in windows; add --data.window-shards 64, for instance")
     return open_remote_shards(split_patterns(rest, ""), open_cache(data.cache, data.cache_gib), spec)
+
+
+def _part(source: Source, settings: SourceSettings) -> Source:
+    return source if settings.subset is None else take_subset(source, settings.subset)
 
 
 def _rules(number: int, source: SourceSettings, data: DataSettings) -> CaptionRules:

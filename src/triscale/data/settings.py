@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
@@ -11,7 +11,7 @@ from triscale.errors import UsageError
 
 Ids = Literal["none", "label", "caption"]
 Fit = Literal["crop", "pad", "squash"]
-_SOURCE_OPTION = re.compile(r"\s+(weight|fields|classes|templates|ids)=(\S*)$")
+_SOURCE_OPTION = re.compile(r"\s+(weight|fields|classes|templates|ids|fraction|per_class|subset_seed)=(\S*)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,9 @@ class DataSettings:
     stands behind it: "photos/*.tar weight=2 classes=photos/classnames.txt templates=clip". weight: its share of the
     draws (every source has one, or none: in proportion to their samples). fields, ids: as caption_fields, with commas,
     and ids. classes: a file whose line k names class k; captions are then "cls", the name of the sample's class, unless
-    fields says otherwise. templates: "clip", a file with a template a line, or "none".
+    fields says otherwise. templates: "clip", a file with a template a line, or "none". fraction, per_class: a part of
+    a labelled source alone, such as fraction=0.01 of every class's samples or per_class=10 of them; which ones, says
+    subset_seed.
     """
     columns: tuple[str, ...] = ()
     """Columns of tables: "image=NAME", "caption=NAME" (several: all are candidates), "label=NAME". Usual names such as
@@ -140,6 +142,19 @@ class DataSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SubsetSettings:
+    """Which part of a labelled source is taken, by fraction or by number of samples a class."""
+
+    fraction: float | None = None
+    per_class: int | None = None
+    seed: int = 0
+
+    def __str__(self) -> str:
+        part = f"fraction={self.fraction:g}" if self.per_class is None else f"per_class={self.per_class}"
+        return f"{part} subset_seed={self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceSettings:
     """One of `DataSettings.train`, taken apart; what it leaves open is as the other settings have it."""
 
@@ -152,6 +167,8 @@ class SourceSettings:
     templates: tuple[str, ...] | str
     """Prompt templates, or "clip", or a file of them relative to `root`."""
     ids: Ids
+    subset: SubsetSettings | None = None
+    """None: all of it."""
 
 
 def train_sources(data: DataSettings) -> tuple[SourceSettings, ...]:
@@ -186,7 +203,26 @@ def _source(entry: str, data: DataSettings) -> SourceSettings:
         classes=classes,
         templates=() if templates == "none" else templates or data.caption_templates,
         ids=cast(Ids, ids),
+        subset=_subset(entry, given),
     )
+
+
+def _subset(entry: str, given: Mapping[str, str]) -> SubsetSettings | None:
+    """The part of a source that its options name."""
+    options = {name: given[name] for name in ("fraction", "per_class", "subset_seed") if name in given}
+    if not options:
+        return None
+    if ("fraction" in options) == ("per_class" in options):
+        raise UsageError(f"--data.train: {entry!r}: name fraction= or per_class=, one of them")
+    try:
+        fraction = float(options["fraction"]) if "fraction" in options else None
+        per_class = int(options["per_class"]) if "per_class" in options else None
+        seed = int(options.get("subset_seed", "0"))
+    except ValueError:
+        raise UsageError(f"--data.train: {entry!r}: fraction, per_class and subset_seed are numbers") from None
+    if (fraction is not None and not 0 < fraction <= 1) or (per_class is not None and per_class < 1):
+        raise UsageError(f"--data.train: {entry!r}: fraction must be above 0 and at most 1, per_class at least 1")
+    return SubsetSettings(fraction=fraction, per_class=per_class, seed=seed)
 
 
 def _weight(entry: str, text: str) -> float:

@@ -1,0 +1,89 @@
+"""Parts of labelled sources: some samples of every class, by (seed, label) alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triscale.data.mixture import open_mixture
+from triscale.data.settings import DataSettings, SubsetSettings, train_sources
+from triscale.data.subset import choose
+from triscale.errors import UsageError
+
+labels_of_sets = st.lists(st.integers(-1, 4), min_size=1, max_size=80).filter(lambda labels: max(labels) >= 0)
+
+
+@given(labels_of_sets, st.floats(0.01, 1), st.integers(0, 3))
+def test_a_fraction_takes_that_share_of_each_class_and_at_least_one(
+    found: list[int], fraction: float, seed: int
+) -> None:
+    labels = np.array(found)
+    chosen = choose(labels, SubsetSettings(fraction=fraction, seed=seed), "set")
+    classes, counts = np.unique(labels[labels >= 0], return_counts=True)
+    expected = [max(1, round(fraction * count)) for count in counts.tolist()]
+    assert [int((labels[chosen] == label).sum()) for label in classes] == expected
+    assert (labels[chosen] >= 0).all() and (np.diff(chosen) > 0).all()
+
+
+@given(labels_of_sets, st.integers(0, 3))
+def test_less_is_a_part_of_more_and_a_class_does_not_depend_on_others(found: list[int], seed: int) -> None:
+    labels = np.array(found)
+    less, more = (set(choose(labels, SubsetSettings(fraction=f, seed=seed), "set").tolist()) for f in (0.2, 0.7))
+    assert less <= more
+    first = int(labels.max())
+    alone = choose(np.where(labels == first, labels, -1), SubsetSettings(per_class=1, seed=seed), "set")
+    together = choose(labels, SubsetSettings(per_class=1, seed=seed), "set")
+    assert together[labels[together] == first].tolist() == alone.tolist()
+
+
+def test_other_seeds_take_other_samples() -> None:
+    labels = np.repeat([0, 1], 50)
+    found = [choose(labels, SubsetSettings(per_class=5, seed=seed), "set").tolist() for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+
+
+def test_too_small_a_class_and_sources_without_labels_are_named() -> None:
+    with pytest.raises(UsageError, match="set: class 1 has 2 samples, fewer than per_class=3"):
+        choose(np.array([0, 0, 0, 1, 1]), SubsetSettings(per_class=3), "set")
+    with pytest.raises(UsageError, match="set: no sample has a label"):
+        choose(np.array([-1, -1]), SubsetSettings(fraction=0.5), "set")
+
+
+def test_it_stands_behind_a_source() -> None:
+    data = DataSettings(train=("a.csv fraction=0.1 ids=label", "b.csv per_class=3 subset_seed=7", "c.csv"))
+    assert [source.subset for source in train_sources(data)] == [
+        SubsetSettings(fraction=0.1),
+        SubsetSettings(per_class=3, seed=7),
+        None,
+    ]
+
+
+@pytest.mark.parametrize("option", ["fraction=0", "fraction=1.5", "fraction=nan", "fraction=x", "per_class=0"])
+def test_parts_that_cannot_be_are_refused(option: str) -> None:
+    with pytest.raises(UsageError, match="--data.train: 'a.csv"):
+        train_sources(DataSettings(train=(f"a.csv {option}",)))
+
+
+def test_both_or_a_seed_alone_are_refused() -> None:
+    for options in ("fraction=0.1 per_class=2", "subset_seed=2"):
+        with pytest.raises(UsageError, match="one of them"):
+            train_sources(DataSettings(train=(f"a.csv {options}",)))
+
+
+def test_a_run_draws_from_the_part_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
+    root = tmp_path_factory.mktemp("classes")
+    for name, count in (("cat", 6), ("dog", 4)):
+        (root / "train" / name).mkdir(parents=True)
+        for number in range(count):
+            (root / "train" / name / f"{number}.png").write_bytes(b"no image is read here")
+    data = DataSettings(root=str(root), train=("classes:train per_class=2",))
+    (part,) = open_mixture(data).sources
+    (whole,) = open_mixture(DataSettings(root=str(root), train=("classes:train",))).sources
+    keys = [part.read(index, image=False).key for index in range(len(part))]
+    assert [key.split("/")[0] for key in keys] == ["cat", "cat", "dog", "dog"]
+    assert set(keys) < {whole.read(index, image=False).key for index in range(len(whole))}
+    assert part.name == "classes:train per_class=2 subset_seed=0"
+    with pytest.raises(IndexError):
+        part.read(4)
