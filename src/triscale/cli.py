@@ -124,6 +124,32 @@ def classify(arguments: Sequence[str]) -> int:
     return 0
 
 
+def embed(arguments: Sequence[str]) -> int:
+    """Write embeddings of a source, part by part; with torchrun by several processes."""
+    from triscale.probing_options import EmbedOptions
+
+    options = parse(EmbedOptions, arguments, "triscale embed", embed.__doc__ or "")
+    from triscale import probing_commands
+
+    written = probing_commands.embed(options, _report)
+    if written is not None:
+        _write_json(options.json, written)
+    return 0
+
+
+def probe(arguments: Sequence[str]) -> int:
+    """Tell how good a representation is: neighbours, linear probe, few images a class, few labels."""
+    from triscale.probing_options import ProbeOptions
+
+    options = parse(ProbeOptions, arguments, "triscale probe", probe.__doc__ or "")
+    from triscale import probing_commands
+
+    results = probing_commands.probe(options, _report)
+    if results is not None:
+        _write_json(options.json, results)
+    return 0
+
+
 def export(arguments: Sequence[str]) -> int:
     """Write a model in the form of another package, checked against it."""
     from triscale.options import ExportOptions
@@ -254,6 +280,8 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (train, "train a recipe, or go on with its run"),
     "eval": (evaluate, "score a run on evaluation sets"),
     "classify": (classify, "tell which of your labels fits each of your images"),
+    "embed": (embed, "write embeddings of images and texts, or the backbone's features"),
+    "probe": (probe, "judge a representation: neighbours, linear probe, few-shot"),
     "export": (export, "write a model for open_clip, Hugging Face, ONNX or as safetensors"),
     "verify": (verify, "hold the exact step against plain autograd for a recipe's own towers"),
     "bench": (bench, "measure time and memory beside other packages: loss, step, data"),

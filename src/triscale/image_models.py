@@ -1,0 +1,210 @@
+"""Image towers by themselves, whatever they were trained with, and what is embedded by them: the input of probes.
+
+A model of pairs, an image tower trained on labels, a model of open_clip or Hugging Face; and two that were not trained
+at all, to compare with: the same tower with random weights, and the pixels themselves.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+
+from triscale.assembly import device_of
+from triscale.config import to_dict
+from triscale.data.captions import all_captions
+from triscale.data.images import FittedImages, ImageRow, ImageRows
+from triscale.data.samples import Sample
+from triscale.data.tokenizer import Tokenizer, open_tokenizer
+from triscale.errors import UsageError
+from triscale.hub import local_folder
+from triscale.inference import load
+from triscale.model_files import PREPROCESS, RESOLVED, Preprocess, open_model, read_preprocess, read_resolved
+from triscale.models.dual_encoder import build_image_encoder
+from triscale.models.image import ImageTower
+from triscale.models.settings import ModelSettings
+from triscale.randomness import derive_seed
+from triscale.run_folder import is_run, newest_checkpoint
+from triscale.training import checkpoint
+from triscale.training.lane import seeded
+
+What = Literal["image", "text", "features"]
+Weights = Literal["trained", "random", "pixels"]
+BATCH = {"cpu": 64}
+"""Samples embedded at once; `BATCH_ELSEWHERE` on other devices."""
+BATCH_ELSEWHERE = 256
+PIXELS_SIDE = 16
+"""Side of the images whose pixels are features, or the model's own side where that is smaller."""
+_NO_NUMBERS = np.empty(0, dtype=np.float32)
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedder:
+    """What turns samples into rows of features, and all that these depend on besides the samples."""
+
+    what: What
+    rows: ImageRows
+    """From a sample to what is embedded."""
+    embed: Callable[[Tensor], Float[Tensor, "m f"]]
+    """Features of stacked rows; gradients are off."""
+    width: int
+    """f."""
+    words: Sequence[Any]
+    """Settings that features depend on, as JSON values."""
+    module: nn.Module | None
+    """Whose weights they depend on."""
+    device: torch.device
+
+    @property
+    def batch_size(self) -> int:
+        """Samples embedded at once."""
+        return BATCH.get(self.device.type, BATCH_ELSEWHERE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageModel:
+    """An image tower in evaluation mode, on its device, with what becomes of images before."""
+
+    tower: ImageTower
+    settings: ModelSettings
+    preprocess: Preprocess
+    device: torch.device
+
+    def embedder(self, what: What) -> Embedder:
+        """Embeddings, or the backbone's pooled features before the projection. UsageError for texts."""
+        if what == "text":
+            raise UsageError("an image tower embeds no text")
+        tower, device = self.tower, self.device
+        call = tower.features if what == "features" else tower
+        settings = {key: value for key, value in to_dict(self.settings).items() if key.startswith("image")}
+        preprocess = self.preprocess
+        size, fit = preprocess.image_size, preprocess.fit
+
+        @torch.no_grad()
+        def embed(images: UInt8[Tensor, "m 3 s s"]) -> Float[Tensor, "m f"]:
+            return call(images.to(device))
+
+        return Embedder(
+            what=what,
+            rows=FittedImages(size, fit),
+            embed=embed,
+            width=tower.feature_width if what == "features" else self.settings.embedding,
+            words=[what, size, fit, preprocess.mean, preprocess.std, settings, self.settings.batch_norm],
+            module=tower.backbone if what == "features" else tower,
+            device=device,
+        )
+
+
+def open_image_model(
+    name: str, device: str, report: Callable[[str], None], *, weights: Weights = "trained", seed: int = 0
+) -> ImageModel:
+    """The image tower of a run, of the last phase of a run that has a checkpoint, or of any model `load` takes.
+
+    Args:
+        name: as of `load`, and runs without a text tower.
+        device: "auto", "cpu", "cuda" or "mps".
+        report: hears of damaged checkpoints that are passed over.
+        weights: "random": those of a fresh tower, by `seed`.
+        seed: of random weights.
+
+    Raises:
+        UsageError: there is no such model, or one of its files is missing or damaged.
+    """
+    settings, preprocess, tensors = _open(local_folder(name), report)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is copied there
+        checkpoint.load_into(build_image_encoder(settings, image_size=preprocess.image_size).towers(), tensors)
+    with seeded(derive_seed("random tower", seed), _CPU):
+        model = build_image_encoder(settings, image_size=preprocess.image_size)
+    if weights == "trained":
+        checkpoint.load_into(model.towers(), tensors)
+    model.image.mean.copy_(torch.tensor(preprocess.mean).view(3, 1, 1))
+    model.image.std.copy_(torch.tensor(preprocess.std).view(3, 1, 1))
+    where = device_of(device)
+    return ImageModel(tower=model.image.to(where).eval(), settings=settings, preprocess=preprocess, device=where)
+
+
+def _open(path: Path, report: Callable[[str], None]) -> tuple[ModelSettings, Preprocess, dict[str, Tensor]]:
+    """Settings, preprocessing and tensors of the image tower, those of the moving average where a run keeps one."""
+    if not (path.is_dir() and is_run(path)):
+        files = open_model(path, report)
+        return files.resolved.model, files.preprocess, files.tensors
+    found = newest_checkpoint(path, report)
+    folder = found.path.parents[1]
+    settings = read_resolved(folder / RESOLVED, text=False).model
+    return settings, read_preprocess(folder / PREPROCESS), found.average() or found.model()
+
+
+def pixels_embedder(name: str, report: Callable[[str], None]) -> Embedder:
+    """The pixels of small images as features, fitted as the model `name` fits its own."""
+    _, preprocess, _ = _open(local_folder(name), report)
+    side = min(PIXELS_SIDE, preprocess.image_size)
+    return Embedder(
+        what="features",
+        rows=FittedImages(side, preprocess.fit),
+        embed=lambda images: images.flatten(1).float() / 255,
+        width=3 * side**2,
+        words=["pixels", side, preprocess.fit],
+        module=None,
+        device=_CPU,
+    )
+
+
+class FirstCaptions:
+    """Token rows of each sample's first caption. Satisfies `ImageRows`.
+
+    Args:
+        tokenizer: of texts.
+        fields: where captions come from, as `CaptionRules.fields`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, fields: Sequence[str]) -> None:
+        self.content, self.length, self.fields = tokenizer.content, tokenizer.length, tuple(fields)
+        self.row_bytes = 8 * tokenizer.length
+        self._tokenizer: Tokenizer | None = tokenizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To worker processes goes what the tokenizer is made of."""
+        return {**vars(self), "_tokenizer": None}
+
+    def __contains__(self, place: tuple[int, int]) -> bool:
+        return False
+
+    def draw(self, sample: Sample, place: tuple[int, int], rng: np.random.Generator) -> ImageRow:
+        """The tokens of its first caption."""
+        if self._tokenizer is None:
+            self._tokenizer = open_tokenizer(self.content, self.length)
+        return ImageRow(self._tokenizer.encode([all_captions(sample, self.fields)[0]])[0], _NO_NUMBERS)
+
+    def stack(self, rows: Sequence[ImageRow]) -> Int64[Tensor, "m l"]:
+        """The token rows."""
+        return torch.from_numpy(np.stack([row.values for row in rows]))
+
+
+def text_embedder(name: str, device: str, fields: Sequence[str], report: Callable[[str], None]) -> Embedder:
+    """Text embeddings of samples' first captions by a model that `load` takes."""
+    where = device_of(device)
+    model = load(name, str(where), report=report)
+    tower = model.model.text
+
+    @torch.no_grad()
+    def embed(tokens: Int64[Tensor, "m l"]) -> Float[Tensor, "m f"]:
+        return tower(tokens.to(where))
+
+    return Embedder(
+        what="text",
+        rows=FirstCaptions(model.tokenizer, fields),
+        embed=embed,
+        width=model.model.embedding,
+        words=["text", list(fields), model.tokenizer.length, derive_seed(model.tokenizer.content.hex())],
+        module=tower,
+        device=where,
+    )
