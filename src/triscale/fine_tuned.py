@@ -19,8 +19,10 @@ from triscale.config import RunConfig
 from triscale.data.captions import CaptionRules, sample_id
 from triscale.data.lists import quote
 from triscale.data.mixture import open_mixture
+from triscale.data.paths import split_patterns
 from triscale.data.samples import Sample
 from triscale.data.settings import AugmentSettings, DataSettings, SubsetSettings
+from triscale.data.sources import needs_root, split_kind
 from triscale.errors import UsageError
 from triscale.evaluation.datasets import SHARD_COUNT_FILE
 from triscale.evaluation.knn import ranks
@@ -193,6 +195,16 @@ def class_id(label: int) -> int:
     return sample_id(Sample(key="", image=b"", label=str(label).encode()), rules, "")
 
 
+def _absolute(spec: str) -> str:
+    """A training source by absolute paths, as runs want it that are told no root."""
+    if not needs_root(spec):
+        return spec
+    kind, rest = split_kind(spec)
+    paths = [rest] if kind in ("folder", "classes") else split_patterns(rest, "")
+    whole = " ".join(os.path.abspath(path) for path in paths)
+    return f"{kind}:{whole}" if kind else whole
+
+
 def part_of(spec: str, root: str, columns: Sequence[str], subset: SubsetSettings) -> int:
     """How many samples a part of a source has."""
     return len(open_mixture(DataSettings(root=root, columns=tuple(columns), train=(f"{spec} {subset}",))))
@@ -227,8 +239,8 @@ def probe_fine_tuned(
         report: hears how far it is.
     """
     train = sets[TRAIN].opened
-    root = os.path.abspath(root)  # of runs, which are told where they read
     source = training_spec(spec, root, train)
+    source = source if root else _absolute(source)
     found: list[Result] = []
     for fraction in fractions:
         subset = SubsetSettings(fraction=fraction, seed=how.seed)
