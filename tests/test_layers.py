@@ -16,6 +16,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 # "package: names" stands for package.name of each; "__init__" is the package itself.
 LAYERS = """
 errors randomness distributed
+pages: __init__ style html axes charts plots
 data: __init__ settings samples unchanged permutation shuffle order distinct paths entries tar files shard_index shards
 data: cache remote headers crop resize decode augment lists captions text tokenizer named_tokenizers folders tables
 data: csv_rows parquet hub drawing scene_words scenes sources quarantine processes workers indexing stats stats_page
@@ -25,19 +26,19 @@ models: clip_towers interop open_clip_rules interop_open_clip interop_hf weights
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps
 losses: dense tiled contrastive info_nce sigmoid nt_xent classification __init__
 training: __init__ settings host_memory parallel memory plan recovery remat batch_norm compilation staging lane step
-training: lockstep verify schedule adafactorw lars optim tensor_file checkpoint ema starvation log loop
+training: lockstep verify schedule adafactorw lars optim tensor_file checkpoint ema starvation log history loop
 training: frozen initial
 evaluation: __init__ settings sets sidecars inert_pickle torchvision_files prompts places layouts truth datasets
 evaluation: encoder array_file predictions metrics zeroshot ranking matches retrieval robustness suite tables details
-evaluation: picture
+evaluation: picture record compare thumbnails report_scores report_training report_sets report_retrieval report
 evaluation: features labels probe_rows knn linear_probe few_shot probe
 planning: __init__ cost
 config validation run_folder hub model_files inference onnx_graphs exporting
 recipes: scenes emoji clipart basic __init__
-options evaluation_options arguments assembly model_assembly feature_cache feed scores
+options evaluation_options arguments assembly model_assembly feature_cache feed run_record scores
 probing_options image_models feature_store probe_sets
 bench: __init__ measure table picture peers towers loss step once commands data
-data_commands evaluation_commands verification run_parts runs phases fine_tuned probing_commands cli
+data_commands evaluation_commands report_commands verification run_parts runs phases fine_tuned probing_commands cli
 __init__ __main__
 """
 

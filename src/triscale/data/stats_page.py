@@ -1,58 +1,44 @@
-"""What a source holds, as a page: one HTML file with its pictures within, that loads and runs nothing.
-
-All text that comes from the data is escaped, and the page's content-security policy allows inline styles and pictures
-alone.
-"""
+"""What a source holds, as a page: one HTML file that loads and runs nothing; names and captions in it are text."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from triscale.data.stats import Statistics
+from triscale.pages.charts import figure, histogram
+from triscale.pages.html import Element, Node, document, element, facts, name, table
+from triscale.pages.style import STYLE
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-LONGEST_TEXT = 200
-_INK, _BAR, _CUT = "#1f2933", "#3b82c4", "#e2604f"
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse } tr { border-bottom: 1px solid #dde3e9 }
-td, th { text-align: left; padding: .15rem 1.2rem .15rem 0; overflow-wrap: anywhere }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
-img { max-width: 100% } p.note { color: #6b7785 }
-"""
+LONGEST_NAME = 200
 
 
 def stats_page(statistics: Statistics) -> str:
     """The page, UTF-8."""
     values = statistics.values()
-    parts = [
-        f"<h1>{_text(statistics.name)}</h1>",
-        f'<p class="note">{_read_note(statistics)}</p>',
-        _table((name, value) for name, value in summary(statistics)),
-    ]
-    if len(statistics.sizes) or len(statistics.characters):
-        parts += ["<h2>Distributions</h2>", f'<img alt="Histograms" src="data:image/png;base64,{_plots(statistics)}">']
-        parts.append(_percentile_table(values))
-    parts += _reasons("Bad samples by reason", statistics.bad, statistics.samples)
+    sections: list[list[Node]] = [[element("h2", "Summary"), facts(summary(statistics))]]
+    charts = _charts(statistics)
+    if charts:
+        sections.append(
+            [element("h2", "Distributions"), element("div", *charts, class_="charts"), _percentiles(values)]
+        )
+    sections.append(_reasons("Bad samples by reason", statistics.bad, statistics.samples))
     if statistics.listed:
-        parts += ["<h2>The first bad samples</h2>", _table(statistics.listed)]
-    parts += _reasons("Entries that are never used", statistics.unused, 0)
-    head = (
-        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f"<title>{_text(statistics.name)}</title><style>{_STYLE}</style>"
+        listed = [[name(key, LONGEST_NAME), name(reason)] for key, reason in statistics.listed]
+        listing = table(["sample", "reason"], listed, label="The first bad samples", tall=True)
+        sections.append([element("h2", "The first bad samples"), listing])
+    sections.append(_reasons("Entries that are never used", statistics.unused, 0))
+    header = element(
+        "header",
+        element("p", "Triscale · Data", class_="eyebrow"),
+        element("h1", name(statistics.name, LONGEST_NAME)),
+        element("p", _read_note(statistics), class_="note"),
+        class_="page",
     )
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    body = element("main", *(element("section", *parts) for parts in sections if parts))
+    return document(statistics.name, header, body, style=STYLE)
 
 
 def summary(statistics: Statistics) -> list[tuple[str, str]]:
@@ -88,29 +74,24 @@ def _read_note(statistics: Statistics) -> str:
     )
 
 
-def _plots(statistics: Statistics) -> str:
-    """The histograms that there is data for, as a PNG in base64."""
-    draw = []
+def _charts(statistics: Statistics) -> list[Element]:
+    """The histograms that there is data for."""
+    charts = []
     if len(statistics.characters):
-        draw.append(lambda axes: _histogram(axes, statistics.characters, "characters of a caption"))
+        charts.append(_histogram(statistics.characters, "Characters of a caption"))
     if len(statistics.tokens):
-        draw.append(lambda axes: _tokens(axes, statistics))
+        cut = statistics.token_length + 0.5
+        note = f"with the end token; the line: cut at {statistics.token_length}"
+        charts.append(_histogram(statistics.tokens, "Tokens of a caption", note, mark=cut))
     if len(statistics.captions) and statistics.captions.max() > 1:
-        draw.append(lambda axes: _histogram(axes, statistics.captions, "captions of a sample"))
+        charts.append(_histogram(statistics.captions, "Captions of a sample"))
     if len(statistics.sizes):
-        draw.append(lambda axes: _histogram(axes, statistics.sizes.min(1), "shorter side of an image, pixels"))
-        draw.append(lambda axes: _histogram(axes, statistics.sizes[:, 0] / statistics.sizes[:, 1], "width / height"))
-    rows = -(-len(draw) // 2)
-    figure = Figure(figsize=(9.6, 2.7 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    for number, plot in enumerate(draw):
-        plot(figure.add_subplot(rows, 2, number + 1))
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return base64.b64encode(file.getvalue()).decode("ascii")
+        charts.append(_histogram(statistics.sizes.min(1), "Shorter side of an image", "pixels"))
+        charts.append(_histogram(statistics.sizes[:, 0] / statistics.sizes[:, 1], "Width / height of an image"))
+    return charts
 
 
-def _histogram(axes: Axes, values: np.ndarray, label: str) -> None:
+def _histogram(values: np.ndarray, title: str, note: str = "", mark: float | None = None) -> Element:
     """Bars up to the 99.5th percentile; what lies beyond is in the last one."""
     whole = np.issubdtype(values.dtype, np.integer)
     low, high = float(values.min()), float(np.percentile(values, 99.5))
@@ -120,43 +101,20 @@ def _histogram(axes: Axes, values: np.ndarray, label: str) -> None:
         edges = np.arange(low, high + 2) - 0.5
     else:
         edges = np.linspace(low, max(high, low + 1e-3), 41)
-    axes.hist(np.minimum(values, edges[-1] - 1e-9 * max(1.0, abs(edges[-1]))), bins=edges.tolist(), color=_BAR)
-    axes.set_xlabel(label, color=_INK)
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
+    inside = np.minimum(values, edges[-1] - 1e-9 * max(1.0, abs(edges[-1])))
+    counts = np.histogram(inside, edges)[0]
+    return figure(title, histogram(edges.tolist(), counts.tolist(), title=title, x_label="", mark=mark), note=note)
 
 
-def _tokens(axes: Axes, statistics: Statistics) -> None:
-    _histogram(axes, statistics.tokens, "tokens of a caption, with the end token")
-    axes.axvline(statistics.token_length + 0.5, color=_CUT)
-
-
-def _percentile_table(values: Mapping[str, Any]) -> str:
-    named = {name: value for name, value in values.items() if isinstance(value, dict) and "p50" in value}
+def _percentiles(values: Mapping[str, Any]) -> Element:
+    named = {key: value for key, value in values.items() if isinstance(value, dict) and "p50" in value}
     columns = list(next(iter(named.values())))
-    head = "".join(f"<th>{column}</th>" for column in ["", *columns])
-    rows = "".join(
-        f"<tr><td>{_text(name.replace('_', ' '))}</td>"
-        + "".join(f'<td class="number">{value[column]:,.0f}</td>' for column in columns)
-        + "</tr>"
-        for name, value in named.items()
-    )
-    return f"<h2>Percentiles</h2><table><tr>{head}</tr>{rows}</table>"
+    rows = [[key.replace("_", " "), *(f"{value[column]:,.0f}" for column in columns)] for key, value in named.items()]
+    return table(["percentiles", *columns], rows, label="Percentiles", numbers=range(1, len(columns) + 1))
 
 
-def _reasons(title: str, reasons: Mapping[str, int], whole: int) -> list[str]:
+def _reasons(title: str, reasons: Mapping[str, int], whole: int) -> list[Node]:
     if not reasons:
         return []
-    rows = [(reason, f"{count:,}" + (f" ({count / whole:.2%})" if whole else "")) for reason, count in reasons.items()]
-    return [f"<h2>{title}</h2>", _table(rows)]
-
-
-def _table(rows: Iterable[Sequence[str]]) -> str:
-    cells = ("".join(f"<td>{_text(cell)}</td>" for cell in row) for row in rows)
-    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
-
-
-def _text(text: str) -> str:
-    """`text` escaped, on one line, not endless; what cannot be seen or is no Unicode becomes a question mark."""
-    shown = text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
-    return html.escape("".join(c if c.isprintable() else "?" for c in shown))
+    rows = ((reason, f"{count:,}" + (f" ({count / whole:.2%})" if whole else "")) for reason, count in reasons.items())
+    return [element("h2", title), facts(rows)]
