@@ -90,8 +90,8 @@ def _table(rows: Mapping[str, SetResult], columns: Sequence[Column]) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("chance", justify="right", no_wrap=True, style="dim")
     for name, result in rows.items():
-        chance = _percent(_chance(result))
-        table.add_row(printable(name, LONGEST_NAME), *(_cell(key, result.get(key)) for key, _ in shown), chance)
+        guessing = _percent(chance(result))
+        table.add_row(printable(name, LONGEST_NAME), *(_cell(key, result.get(key)) for key, _ in shown), guessing)
         levels = {level: {"top1": score} for level, score in result.get("levels", {}).items()}
         for part, values in {**levels, **result.get("slices", {})}.items():
             table.add_row(printable(f"  {part}", LONGEST_NAME), *(_cell(key, values.get(key)) for key, _ in shown), "")
@@ -144,7 +144,7 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
 
 
-def _chance(result: SetResult) -> float:
+def chance(result: SetResult) -> float:
     """Expected top-1, or recall@1 of texts, of a model that guesses."""
     if result["task"] == "retrieval":
         return 1 / int(result["samples"])
