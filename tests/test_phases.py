@@ -66,13 +66,15 @@ def losses(phase: Path) -> list[float]:
 def test_the_run_folder_holds_a_run_folder_a_phase_and_the_last_ones_results(
     undisturbed: Path, config_file: Path
 ) -> None:
-    assert {path.name for path in undisturbed.iterdir()} == {"config.json", "results.json", *PHASES}
+    assert {path.name for path in undisturbed.iterdir()} == {"config.json", "results.json", "report.html", *PHASES}
     top, asked = read_recipe(undisturbed / "config.json"), read_recipe(config_file)
     assert isinstance(top, Phases) and isinstance(asked, Phases) and list(top.of) == list(asked.of)
     for name, phase in zip(top.of, PHASES, strict=True):
         assert len(losses(undisturbed / phase)) == STEPS[name]
     results = json.loads((undisturbed / "results.json").read_text())
     assert results == json.loads((undisturbed / "3-both/results.json").read_text()) and list(results["sets"]) == ["val"]
+    page = (undisturbed / "report.html").read_text()
+    assert all(f"<bdi>{phase}</bdi>" in page for phase in PHASES) and "<bdi>val</bdi>" in page
     assert not (undisturbed / "1-image/tokenizer.model").exists(), "a tokenizer was trained for labels"
     tokenizers = [(undisturbed / phase / "tokenizer.model").read_bytes() for phase in PHASES[1:]]
     assert tokenizers[0] == tokenizers[1]

@@ -167,6 +167,7 @@ def test_a_run_folder_holds_what_the_design_says_and_no_more(undisturbed: Path) 
         "tokenizer.model",
         "preprocess.json",
         "metrics.jsonl",
+        "report.html",
         "checkpoints",
     } | ({"quarantine.jsonl"} & files)
     newest = undisturbed / "checkpoints" / f"step_{STEPS:08d}"
@@ -274,6 +275,9 @@ def test_the_demo_in_twenty_steps(tmp_path: Path) -> None:
     assert results["shift_mean"] == pytest.approx(sum(shifted) / 5)
     assert results["drop"] == pytest.approx(results["sets"]["val"]["top1"] - results["shift_mean"])
     assert (folder / "guesses.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "report.html").read_text()
+    assert all(f"<bdi>{name}</bdi>" in page for name in names) and 'src="data:image/webp' in page
+    assert len(page) < 2_000_000
     losses = metrics(folder, "loss")
     assert len(losses) == 20 and losses[-1] < losses[0]
 

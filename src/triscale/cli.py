@@ -150,6 +150,28 @@ def probe(arguments: Sequence[str]) -> int:
     return 0
 
 
+def report(arguments: Sequence[str]) -> int:
+    """Write the page of a run again, from what is in its folder."""
+    from triscale.evaluation_options import ReportOptions
+
+    options = parse(ReportOptions, arguments, "triscale report", report.__doc__ or "")
+    from triscale import report_commands
+
+    report_commands.report(options, _report)
+    return 0
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """Tell runs apart: scores with the differences from the first, what they took, settings that differ."""
+    from triscale.evaluation_options import CompareOptions
+
+    options = parse(CompareOptions, arguments, "triscale compare", compare.__doc__ or "")
+    from triscale import report_commands
+
+    _write_json(options.json, report_commands.compare(options, _report))
+    return 0
+
+
 def export(arguments: Sequence[str]) -> int:
     """Write a model in the form of another package, checked against it."""
     from triscale.options import ExportOptions
@@ -282,6 +304,8 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "classify": (classify, "tell which of your labels fits each of your images"),
     "embed": (embed, "write embeddings of images and texts, or the backbone's features"),
     "probe": (probe, "judge a representation: neighbours, linear probe, few-shot"),
+    "report": (report, "write the page of a run again, also beside other runs"),
+    "compare": (compare, "runs side by side: scores, what they took, settings that differ"),
     "export": (export, "write a model for open_clip, Hugging Face, ONNX or as safetensors"),
     "verify": (verify, "hold the exact step against plain autograd for a recipe's own towers"),
     "bench": (bench, "measure time and memory beside other packages: loss, step, data"),

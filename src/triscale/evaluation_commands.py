@@ -21,6 +21,7 @@ from triscale.evaluation.tables import guesses_table, results_table
 from triscale.evaluation_options import ClassifyOptions, EvalOptions, parse_labels
 from triscale.inference import load
 from triscale.run_folder import evaluation_of
+from triscale.run_record import write_evaluation_report
 from triscale.training.checkpoint import split_checkpoint
 
 Report = Callable[[str], None]
@@ -58,6 +59,8 @@ def evaluate(options: EvalOptions, report: Report) -> DetailedResults | None:
         return None
     if options.output:
         write_evaluation(Path(options.output), evaluation)
+    if options.html:
+        write_evaluation_report(options.run, evaluation, sets, report, Path(options.html))
     console = Console(highlight=False)
     console.print(results_table(evaluation.results))
     values = DetailedResults(**evaluation.results)

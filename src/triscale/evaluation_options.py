@@ -57,6 +57,8 @@ class EvalOptions:
     workers: int | None = None
     """Processes that read and decode images; 0: the one that embeds them does. None: all cores but one, or half of them
     where the device is cpu, 16 at most."""
+    html: str = ""
+    """File for a page of the results, with what the model answers (docs/report.md)."""
     json: str = ""
     """File for the results as JSON."""
     output: str = ""
@@ -88,3 +90,27 @@ def parse_labels(text: str) -> list[str]:
     if not all(labels) or len(set(labels)) < len(labels) or undecoded:
         raise UsageError(f'--labels {text!r} must be distinct names separated by commas, such as "cat,dog"')
     return labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """triscale report RUN"""
+
+    run: Positional[str]
+    """A run folder, that of phases, or a folder of `triscale eval --output`."""
+    against: tuple[str, ...] = ()
+    """Such folders of runs that its scores are held against."""
+    output: str = ""
+    """File for the page; none given: report.html in the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """triscale compare RUN RUN..."""
+
+    runs: Positional[tuple[str, ...]]
+    """Run folders or folders of `triscale eval --output`; differences are from the first."""
+    html: str = ""
+    """File for the comparison as a page."""
+    json: str = ""
+    """File for the comparison as JSON."""

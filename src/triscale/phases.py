@@ -23,6 +23,7 @@ from triscale.errors import UsageError
 from triscale.run_folder import Files, locked, open_run_folder, phase_folder, run_folder, saved_results, write_json
 from triscale.run_parts import Checked, check, make_console
 from triscale.runs import train_checked
+from triscale.scores import publish_page
 from triscale.training import checkpoint
 from triscale.training.settings import RunSettings
 
@@ -65,6 +66,7 @@ def _train_in_turn(phases: Phases, checked: dict[str, Checked], folder: Path, re
     results = Files(previous).results
     if results.exists():
         write_json(Files(folder).results, json.loads(results.read_text(encoding="utf-8")))
+    publish_page(Files(folder))
     return 0
 
 

@@ -36,6 +36,7 @@ class Files:
         self.quarantine = folder / "quarantine.jsonl"
         self.results = folder / RESULTS
         self.picture = folder / "guesses.png"
+        self.report = folder / "report.html"
 
 
 def run_folder(config: RunConfig, recipe: str) -> Path:

@@ -35,7 +35,7 @@ from triscale.run_folder import (
     write_tokenizer,
 )
 from triscale.run_parts import Checked, Run, check, place, set_up, with_features
-from triscale.scores import headline, publish, show
+from triscale.scores import headline, publish, publish_page, show
 from triscale.training import checkpoint, memory, optim
 from triscale.training.log import RunLog
 from triscale.training.loop import StopFlag, train
@@ -92,6 +92,8 @@ def _go_on(run: Run, done: checkpoint.Checkpoint | None) -> int:
             return status
     if run.sets:
         finish(run)
+    else:
+        publish_page(run.files)
     return 0
 
 

@@ -13,6 +13,7 @@ from triscale.evaluation.suite import Evaluation, Results, write_evaluation
 from triscale.evaluation.tables import results_table
 from triscale.evaluation.zeroshot import top_guesses
 from triscale.run_folder import Files
+from triscale.run_record import open_what_can_be, write_report
 
 PICTURE_IMAGES = 4
 """Test images of each set in the picture of a run."""
@@ -28,7 +29,7 @@ def headline(results: Results) -> dict[str, float]:
 
 
 def publish(files: Files, evaluation: Evaluation, *, title: str, sets: Sequence[EvaluationSet]) -> None:
-    """Write results, predictions and a picture of test images with the model's guesses, and print the table.
+    """Write results, predictions, a picture of test images with the model's guesses and the page; print the table.
 
     Rank 0 alone. Sets of retrieval have no guesses; without any other there is no picture.
     """
@@ -46,14 +47,24 @@ def publish(files: Files, evaluation: Evaluation, *, title: str, sets: Sequence[
     write_evaluation(files.folder, evaluation)
     if rows:
         draw_guesses(files.picture, title, rows)
+    write_report(files.folder, {each.name: each for each in sets}, _say)
     show(files, evaluation.results)
+
+
+def publish_page(files: Files) -> None:
+    """Write the page of a run that is not evaluated, or of phases, from what is in its folder; rank 0 alone."""
+    if distributed.rank() == 0:
+        _say(str(write_report(files.folder, open_what_can_be(files.folder), _say)))
+
+
+def _say(line: str) -> None:
+    Console(highlight=False).print(line, markup=False, soft_wrap=True)
 
 
 def show(files: Files, results: Results) -> None:
     """Print the table, and where it and the picture are; rank 0 alone."""
     if distributed.rank() != 0:
         return
-    console = Console(highlight=False)
-    console.print(results_table(results))
-    written = [path for path in (files.results, files.picture) if path.exists()]
-    console.print("  ".join(str(path) for path in written), markup=False, soft_wrap=True)
+    Console(highlight=False).print(results_table(results))
+    written = [path for path in (files.results, files.picture, files.report) if path.exists()]
+    _say("  ".join(str(path) for path in written))
