@@ -92,6 +92,7 @@ def reliability_chart(
             continue
         left, right = axes.x(place / bins) + 0.7, axes.x((place + 1) / bins) - 0.7
         tip = f"confidence {confidence[place]:.1%}, right {accuracy[place]:.1%}, {count:,} samples"
+        gap = "gap" if confidence[place] >= accuracy[place] else "gap under"  # over the bar it must be stronger
         ends = sorted((axes.y(accuracy[place]), axes.y(confidence[place])))
         bars.append(
             element(
@@ -104,7 +105,7 @@ def reliability_chart(
                 height=floor - axes.y(accuracy[place]),
             )
         )
-        bars.append(element("rect", class_="gap", x=left, y=ends[0], width=right - left, height=ends[1] - ends[0]))
+        bars.append(element("rect", class_=gap, x=left, y=ends[0], width=right - left, height=ends[1] - ends[0]))
         tall = max(26 * count / most, 0.8)
         bars.append(element("rect", class_="bar pale", x=left, y=below - tall, width=right - left, height=tall))
     diagonal = path([(axes.x(0), axes.y(0)), (axes.x(1), axes.y(1))])
