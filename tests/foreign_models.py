@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from triscale.data.named_tokenizers import for_hub, read_tokenizer
 from triscale.models import interop_open_clip
 from triscale.models.dual_encoder import build_dual_encoder
 from triscale.models.interop import SCALE, to_theirs
@@ -76,3 +78,31 @@ def open_clip_without_it(folder: Path, **changes: Any) -> tuple[Path, dict[str, 
     write_open_clip(folder, config, tensors)
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n", encoding="utf-8")
     return folder, tensors
+
+
+def need(*names: str) -> None:
+    for name in names:
+        pytest.importorskip(name, reason=f"{name} is not installed")
+
+
+def hugging_face(folder: Path, kind: str) -> Any:
+    """A CLIPModel or SiglipModel with CLIP's tokenizer, saved by transformers."""
+    need("transformers", "open_clip", "ftfy")
+    import transformers
+
+    text, vision = {**HF_TEXT, "vocab_size": 49408}, HF_VISION
+    ends = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+    torch.manual_seed(0)
+    if kind == "clip":
+        d = {"projection_dim": 16}
+        config = transformers.CLIPConfig(text_config={**text, **ends, **d}, vision_config={**vision, **d}, **d)
+        model = jitter(transformers.CLIPModel(config))
+    else:
+        model = jitter(
+            transformers.SiglipModel(transformers.SiglipConfig(text_config={**text, **ends}, vision_config=vision))
+        )
+    model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer, special = for_hub(read_tokenizer("open_clip"))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    return model

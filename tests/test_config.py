@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from triscale.config import Phases, RunConfig, flatten, from_dict, read_config, refuse_changes, to_dict
+from triscale.config import Phases, RunConfig, flatten, from_dict, read_config, refuse_changes, to_dict, with_steps
 from triscale.data.settings import AugmentSettings, DataSettings
 from triscale.errors import UsageError
+from triscale.fine_tuning import FineTuning, ModelDescription, as_begun, refuse_other_model, with_model
+from triscale.models.settings import ModelSettings
 from triscale.recipes import RECIPES
 from triscale.training.settings import (
     BatchSettings,
@@ -25,6 +27,8 @@ from triscale.validation import validate
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_survives_json_and_is_valid(recipe: str) -> None:
     made = RECIPES[recipe]()
+    if isinstance(made, FineTuning):
+        made = replace(made.of, train=replace(made.of.train, init="runs/scenes"))
     for config in made.of.values() if isinstance(made, Phases) else [made]:
         assert from_dict(RunConfig, to_dict(config)) == config
         validate(config)
@@ -155,3 +159,41 @@ def test_a_config_file_that_cannot_be_read_is_named(content: str | None, tmp_pat
         path.write_text(content)
     with pytest.raises(UsageError):
         read_config(path)
+
+
+def test_epochs_become_whole_steps_and_bound_the_warmup() -> None:
+    config = RunConfig(
+        batch=BatchSettings(size=16), optim=OptimSettings(warmup_steps=100), train=TrainSettings(steps=0, epochs=2.5)
+    )
+    made = with_steps(config, 40)
+    assert (made.train.steps, made.train.epochs, made.optim.warmup_steps) == (7, 0.0, 0)
+    assert with_steps(config, 40_000).optim.warmup_steps == 100
+    assert with_steps(made, 1000) == made, "a run that has begun keeps its steps"
+    validate(config)
+    with pytest.raises(UsageError, match="--train.steps 7 and --train.epochs 2.5 both say how long"):
+        validate(replace(config, train=replace(config.train, steps=7)))
+
+
+def test_a_model_brings_its_towers_preprocessing_and_loss_and_no_clamp_that_it_is_above() -> None:
+    described = ModelDescription(
+        model=ModelSettings(text_width=64),
+        image_size=20,
+        fit="squash",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        tokens=9,
+        vocabulary=77,
+        logit_scale=100.0,
+        bias=False,
+    )
+    made = with_model(RunConfig(), described)
+    assert made.model == replace(described.model, image_mean=described.mean, image_std=described.std)
+    assert (made.data.image_size, made.data.fit, made.data.tokens, made.data.vocabulary) == (20, "squash", 9, 77)
+    assert (made.loss.name, made.loss.logit_scale, made.loss.max_logit_scale) == ("info_nce", 100.0, 100.0)
+    assert with_model(RunConfig(), replace(described, logit_scale=117.0)).loss.max_logit_scale == 0
+    siglip = with_model(RunConfig(), replace(described, logit_scale=10.0, bias=True)).loss
+    assert (siglip.name, siglip.max_logit_scale) == ("sigmoid", 0)
+    assert as_begun(RunConfig(seed=3), made) == replace(made, seed=3)
+    with pytest.raises(UsageError, match="--model.text-width 32: the model is that of --train.init, which has 64"):
+        refuse_other_model(made, replace(made, model=replace(made.model, text_width=32)))
+    refuse_other_model(made, replace(made, model=replace(made.model, dropout=0.1), seed=5))

@@ -15,19 +15,18 @@ from torch import Tensor
 
 import triscale
 from foreign_models import (
-    HF_TEXT,
-    HF_VISION,
     OPEN_CLIP,
     SIZE,
     TEXTS,
+    hugging_face,
     jitter,
+    need,
     open_clip_without_it,
     random_images,
     write_open_clip,
 )
 from triscale import cli
 from triscale.config import to_dict
-from triscale.data.named_tokenizers import for_hub, read_tokenizer
 from triscale.data.text import SentencePieceTokenizer, train_tokenizer
 from triscale.errors import RunError, UsageError
 from triscale.exporting import FORMATS, export_model
@@ -38,11 +37,6 @@ from triscale.models.settings import ModelSettings
 from triscale.training import checkpoint
 
 LIBRARIES = {"open_clip": "open_clip", "hf": "transformers", "onnx": "onnxruntime"}
-
-
-def need(*names: str) -> None:
-    for name in names:
-        pytest.importorskip(name, reason=f"{name} is not installed")
 
 
 def report(line: str) -> None:
@@ -90,29 +84,6 @@ def test_an_open_clip_model_loads_with_its_embeddings_and_exports_equal(
     before, after = (load_file(each / "open_clip_model.safetensors") for each in (folder, tmp_path / "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def hugging_face(folder: Path, kind: str) -> Any:
-    """A CLIPModel or SiglipModel with CLIP's tokenizer, saved by transformers."""
-    need("transformers", "open_clip", "ftfy")
-    import transformers
-
-    text, vision = {**HF_TEXT, "vocab_size": 49408}, HF_VISION
-    ends = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
-    torch.manual_seed(0)
-    if kind == "clip":
-        d = {"projection_dim": 16}
-        config = transformers.CLIPConfig(text_config={**text, **ends, **d}, vision_config={**vision, **d}, **d)
-        model = jitter(transformers.CLIPModel(config))
-    else:
-        model = jitter(
-            transformers.SiglipModel(transformers.SiglipConfig(text_config={**text, **ends}, vision_config=vision))
-        )
-    model.save_pretrained(folder)  # type: ignore[operator]
-    tokenizer, special = for_hub(read_tokenizer("open_clip"))
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (folder / "tokenizer_config.json").write_text(json.dumps(special))
-    return model
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])

@@ -25,26 +25,28 @@ models: __init__ settings presets normalisation coatnet image text hf_text proje
 models: clip_towers interop open_clip_rules interop_open_clip interop_hf weights
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps
 losses: dense tiled contrastive info_nce sigmoid nt_xent classification __init__
-training: __init__ settings host_memory parallel memory plan recovery remat batch_norm compilation staging lane step
-training: lockstep verify schedule adafactorw lars optim tensor_file checkpoint ema starvation log history loop
-training: frozen initial
+training: __init__ settings host_memory collapse parallel memory plan recovery remat batch_norm compilation staging lane
+training: step lockstep verify schedule adafactorw lars optim tensor_file checkpoint ema starvation log history loop
+training: frozen initial interpolation
 evaluation: __init__ settings sets sidecars inert_pickle torchvision_files prompts places layouts truth datasets
 evaluation: encoder array_file predictions metrics zeroshot ranking matches retrieval robustness suite tables details
-evaluation: picture record compare thumbnails report_scores report_training report_sets report_retrieval report
+evaluation: guard picture record compare thumbnails report_scores report_training report_sets report_retrieval report
 evaluation: features labels probe_rows knn linear_probe few_shot probe
 planning: __init__ cost
-config validation run_folder hub model_files inference onnx_graphs exporting
-recipes: scenes emoji clipart basic __init__
+config fine_tuning validation run_folder hub model_files initial_model inference onnx_graphs exporting
+recipes: scenes emoji clipart basic finetune __init__
 options evaluation_options arguments assembly model_assembly feature_cache feed run_record scores
 probing_options image_models feature_store probe_sets
 bench: __init__ measure table picture peers towers loss step once commands data
-data_commands evaluation_commands report_commands verification run_parts runs phases fine_tuned probing_commands cli
+data_commands evaluation_commands report_commands verification run_parts before_after runs phases fine_tuned
+probing_commands cli
 __init__ __main__
 """
 
 # Imported by settings files, so that the command line answers at once and a recipe is read without a device in sight.
 WITHOUT_TORCH = (
     "config",
+    "fine_tuning",
     "validation",
     "arguments",
     "recipes",

@@ -168,6 +168,21 @@ def test_loading_takes_the_last_phase_that_trained_both_towers(undisturbed: Path
     assert newest_checkpoint(folder, print).path.parents[1].name == "2-text"
 
 
+def test_export_takes_the_average_of_the_last_phase_with_both_towers(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(undisturbed), "--to", "safetensors", "--output", str(tmp_path / "whole")]) == 0
+    assert "embeddings differ by at most 0.0e+00" in capsys.readouterr().out
+    exported, average = load_file(tmp_path / "whole/model.safetensors"), tensors(undisturbed / "3-both", "average")
+    assert all(torch.equal(exported[name], average[name]) for name in average if name != "updates")
+    second = undisturbed / "2-text"
+    assert main(["export", str(second), "--to", "safetensors", "--output", str(tmp_path / "second")]) == 0
+    exported, trained = load_file(tmp_path / "second/model.safetensors"), tensors(second)
+    assert all(torch.equal(exported[name], trained[name]) for name in trained)
+    assert main(["export", str(undisturbed / "1-image"), "--to", "safetensors", "--output", str(tmp_path / "no")]) == 2
+    assert "no text tower" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
 def test_options_of_one_phase_reach_it_alone_and_a_phase_may_begin_elsewhere(
     config_file: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -286,8 +301,8 @@ def test_an_initial_run_that_does_not_fit_or_is_none_is_refused_in_a_line(
     for options, words in (
         (["--train.init", source, "--model.embedding", "8"], "(16, 16) in the checkpoint, (8, 16) in the model"),
         (["--train.init", source, "--data.tokens", "9"], "text."),
-        (["--train.init", str(empty)], "config.json"),
-        (["--train.init", str(tmp_path / "nothing")], "there is no such run folder"),
+        (["--train.init", str(empty)], "it is no run, nor a model to load"),
+        (["--train.init", str(tmp_path / "nothing")], "--train.init: no run folder"),
     ):
         assert train(one, tmp_path / words[:4], *options) == 2
         said = " ".join(capsys.readouterr().err.split())

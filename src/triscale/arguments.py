@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from triscale.config import Phases, RunConfig, read_recipe, with_preset
+from triscale.config import Phases, RunConfig, read_config, read_recipe, with_preset
 from triscale.errors import UsageError
+from triscale.fine_tuning import FineTuning, as_begun, refuse_other_model, with_model
+from triscale.training.settings import RunSettings
 
 T = TypeVar("T")
 
@@ -99,12 +102,40 @@ def parse_recipe(command: str, arguments: Sequence[str]) -> tuple[RunConfig | Ph
         recipe = choose(RECIPES, name, "recipe")
         default, description = recipe(), recipe.__doc__ or ""
     prog = f"triscale {command} {name}"
+    if isinstance(default, FineTuning):
+        if preset:
+            raise UsageError(f"--preset {preset}: the towers of {name} are those of --train.init")
+        return _parse_fine_tuning(default, rest, prog, description, name), name
     if isinstance(default, RunConfig):
         default = with_preset(default, preset) if preset else default
         return parse(RunConfig, rest, prog, description, default), name
     if preset:
         default = default.changed(lambda config: with_preset(config, preset))
     return _parse_phases(default, rest, prog, description), name
+
+
+def _parse_fine_tuning(
+    recipe: FineTuning, arguments: Sequence[str], prog: str, description: str, name: str
+) -> RunConfig:
+    """The recipe with the model that --train.init names, or that the run in this folder was begun with, and options."""
+    from triscale.run_folder import Files, run_folder
+
+    _, init = take_option(arguments, "--train.init")
+    if not init and not {"-h", "--help"} & set(arguments):
+        raise UsageError(f"which model? {prog} --train.init MODEL: a run folder, one of open_clip or Hugging Face")
+    options = {option: take_option(arguments, f"--run.{option}")[1] for option in ("dir", "name")}
+    begun = Files(run_folder(replace(recipe.of, run=RunSettings(**options)), name)).config
+    if not init:
+        default = recipe.of
+    elif begun.is_file():
+        default = as_begun(recipe.of, read_config(begun))
+    else:
+        from triscale.initial_model import describe_model
+
+        default = with_model(recipe.of, describe_model(init, lambda line: None))
+    config = parse(RunConfig, arguments, prog, description, default)
+    refuse_other_model(default, config)
+    return config
 
 
 def _parse_phases(default: Phases, arguments: Sequence[str], prog: str, description: str) -> Phases:

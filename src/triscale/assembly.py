@@ -88,7 +88,7 @@ def _spread(source: Source, samples: int) -> list[int]:
 
 
 def make_tokenizer(
-    config: RunConfig, mixture: Mixture, saved: Path | None = None, inherited: Path | None = None
+    config: RunConfig, mixture: Mixture, saved: Path | None = None, inherited: bytes | None = None
 ) -> bytes | None:
     """The tokenizer of a run: saved, named by the config, inherited, or else trained on the captions.
 
@@ -97,13 +97,15 @@ def make_tokenizer(
 
     Args:
         saved: the run's own, where it has begun.
-        inherited: that of the run whose weights it begins with, where that had text.
+        inherited: that of the model whose weights it begins with, where that has text.
     """
     if "text" not in lanes(config):
         return None
-    for known in (saved, config.data.tokenizer, inherited):
+    for known in (saved, config.data.tokenizer):
         if known:
             return read_tokenizer(str(known))
+    if inherited is not None:
+        return inherited
     parts = zip(mixture.sources, mixture.captions, mixture.shares, strict=True)
     captions = (captions_of(source, rules, math.ceil(TOKENIZER_SAMPLES * share)) for source, rules, share in parts)
     return train_tokenizer(chain.from_iterable(captions), config.data.vocabulary)

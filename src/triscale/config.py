@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ MAY_CHANGE = (
     "run.",
     "data.root",
     "data.eval",
+    "data.guard",
     "data.shifts",
     "data.workers",
     "data.cache",
@@ -51,6 +53,9 @@ MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.eval_every_steps",
     "train.log_every_steps",
+    "train.guard_drop",
+    "train.interpolate",
+    "train.choose_on",
     "train.collective_timeout_seconds",
 )
 """Beginnings of the names of fields that a resumed run may change: no weight depends on them, but for rounding where
@@ -188,10 +193,20 @@ def with_preset(config: RunConfig, name: str) -> RunConfig:
         UsageError: there is no such preset.
     """
     preset = find_preset(name)
-    data = dataclasses.replace(
+    data = replace(
         config.data, image_size=preset.image_size, canvas=0, tokens=preset.tokens, vocabulary=preset.vocabulary
     )
-    return dataclasses.replace(config, model=preset.model, data=data)
+    return replace(config, model=preset.model, data=data)
+
+
+def with_steps(config: RunConfig, samples: int) -> RunConfig:
+    """The config with the steps that its epochs over so many training samples make, and at most a tenth as warmup."""
+    epochs = config.train.epochs
+    if not epochs:
+        return config
+    steps = math.ceil(epochs * samples / config.batch.size)
+    optim = replace(config.optim, warmup_steps=min(config.optim.warmup_steps, steps // 10))
+    return replace(config, optim=optim, train=replace(config.train, steps=steps, epochs=0.0))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

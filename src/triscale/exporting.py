@@ -7,7 +7,6 @@ on cosines.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -20,21 +19,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
-from safetensors.torch import save_file
 from torch import Tensor
 
 from triscale.config import to_dict
 from triscale.data.named_tokenizers import for_hub, is_clip
-from triscale.data.tokenizer import LibraryTokenizer, file_name
+from triscale.data.tokenizer import LibraryTokenizer
 from triscale.errors import RunError, UsageError, first_line
 from triscale.hub import local_folder
 from triscale.inference import build_model
-from triscale.model_files import PREPROCESS, RESOLVED, ModelFiles, open_model
+from triscale.model_files import (
+    PREPROCESS,
+    ModelFiles,
+    open_model,
+    write_model,
+    write_tensors,
+    write_tokenizer,
+    write_values,
+)
 from triscale.models import interop_hf, interop_open_clip
 from triscale.models.dual_encoder import DualEncoder
 from triscale.models.interop import BIAS, to_theirs
 from triscale.onnx_graphs import IMAGE, TEXT, run_graph, write_graphs
-from triscale.training import checkpoint
 
 LIMIT = 1e-4
 """Largest difference of embeddings of length 1 that a check lets pass."""
@@ -132,10 +137,7 @@ def _samples(files: ModelFiles) -> tuple[UInt8[Tensor, "n 3 s s"], Int64[Tensor,
 
 def _to_safetensors(files: ModelFiles, model: DualEncoder, folder: Path) -> Reader:
     """Towers and temperature in one file, beside the JSON that `triscale.load` reads."""
-    _save(files.tensors, folder / checkpoint.MODEL)
-    _write_json(folder / RESOLVED, to_dict(files.resolved))
-    _write_json(folder / PREPROCESS, to_dict(files.preprocess))
-    _write_tokenizer(files, folder)
+    write_model(files, folder)
     return _by_triscale(folder)
 
 
@@ -153,8 +155,8 @@ def _to_open_clip(files: ModelFiles, model: DualEncoder, folder: Path) -> Reader
         vocabulary=files.resolved.vocabulary,
         bias=BIAS in files.tensors,
     )
-    _write_json(folder / interop_open_clip.CONFIG, config)
-    _save(to_theirs(rules, files.tensors), folder / interop_open_clip.WEIGHTS[0])
+    write_values(config, folder / interop_open_clip.CONFIG)
+    write_tensors(to_theirs(rules, files.tensors), folder / interop_open_clip.WEIGHTS[0])
     if find_spec("open_clip") is None:
         return _by_triscale(folder)
     theirs = import_module("open_clip").create_model(f"local-dir:{folder}").eval()
@@ -177,12 +179,12 @@ def _to_hugging_face(files: ModelFiles, model: DualEncoder, folder: Path) -> Rea
         vocabulary=files.resolved.vocabulary,
         end=tokenizer.end,
     )
-    _write_json(folder / interop_hf.CONFIG, config)
-    _write_json(folder / interop_hf.PREPROCESS, preprocess)
+    write_values(config, folder / interop_hf.CONFIG)
+    write_values(preprocess, folder / interop_hf.PREPROCESS)
     whole, settings = for_hub(tokenizer.content)
-    _write_json(folder / "tokenizer.json", whole)
-    _write_json(folder / "tokenizer_config.json", {**settings, "model_max_length": files.resolved.tokens})
-    _save(to_theirs(rules, files.tensors), folder / interop_hf.WEIGHTS[0])
+    write_values(whole, folder / "tokenizer.json")
+    write_values({**settings, "model_max_length": files.resolved.tokens}, folder / "tokenizer_config.json")
+    write_tensors(to_theirs(rules, files.tensors), folder / interop_hf.WEIGHTS[0])
     if find_spec("transformers") is None:
         return _by_triscale(folder)
     kind = config["architectures"][0]
@@ -206,9 +208,9 @@ def _to_onnx(files: ModelFiles, model: DualEncoder, folder: Path) -> Reader:
         IMAGE: {"images": f"float32 (n, 3, {size}, {size}) in [0, 1]", "embeddings": "float32 (n, d) of length 1"},
         TEXT: {"tokens": f"int64 (n, {tokens})", "embeddings": "float32 (n, d) of length 1"},
     }
-    _write_json(folder / CARD, card)
-    _write_json(folder / PREPROCESS, to_dict(files.preprocess))
-    _write_tokenizer(files, folder)
+    write_values(card, folder / CARD)
+    write_values(to_dict(files.preprocess), folder / PREPROCESS)
+    write_tokenizer(files.tokenizer, folder)
     return Reader(
         "onnxruntime",
         lambda images: run_graph(folder / IMAGE, images.float() / 255),
@@ -233,18 +235,3 @@ def _by_triscale(folder: Path) -> Reader:
 def _normalised(files: ModelFiles, images: UInt8[Tensor, "n 3 s s"]) -> Float[Tensor, "n 3 s s"]:
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (files.preprocess.mean, files.preprocess.std))
     return (images / 255 - mean) / std
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    # Each with memory of its own, as the format asks.
-    kept = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    save_file(kept, path, metadata={"format": "pt"})
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_tokenizer(files: ModelFiles, folder: Path) -> None:
-    content = files.tokenizer.content
-    (folder / file_name(content)).write_bytes(content)

@@ -27,8 +27,8 @@ from triscale.data.tokenizer import Tokenizer
 from triscale.errors import UsageError, first_line
 from triscale.evaluation.encoder import Encoder
 from triscale.hub import local_folder
-from triscale.model_files import ModelFiles, open_model
-from triscale.models.dual_encoder import DualEncoder, build_dual_encoder
+from triscale.model_files import ModelFiles, build_towers, check_weights, open_model
+from triscale.models.dual_encoder import DualEncoder
 from triscale.models.prompts import class_embeddings
 from triscale.training import checkpoint
 
@@ -157,25 +157,12 @@ def load(
 
 def build_model(files: ModelFiles) -> DualEncoder:
     """The towers with the weights of the files, on the CPU; UsageError where these do not fit."""
-    resolved, preprocess = files.resolved, files.preprocess
-
-    def build() -> DualEncoder:
-        return build_dual_encoder(
-            resolved.model,
-            image_size=preprocess.image_size,
-            vocabulary=resolved.vocabulary,
-            tokens=resolved.tokens,
-        )
-
-    # First without memory: settings that ask for more than the checkpoint holds are refused before any is taken.
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nothing is copied there
-        checkpoint.load_into(build().towers(), files.tensors)
+    check_weights(files)
     with torch.random.fork_rng(devices=[]):
-        model = build()
+        model = build_towers(files)
     checkpoint.load_into(model.towers(), files.tensors)
-    model.image.mean.copy_(torch.tensor(preprocess.mean).view(3, 1, 1))
-    model.image.std.copy_(torch.tensor(preprocess.std).view(3, 1, 1))
+    model.image.mean.copy_(torch.tensor(files.preprocess.mean).view(3, 1, 1))
+    model.image.std.copy_(torch.tensor(files.preprocess.std).view(3, 1, 1))
     return model
 
 

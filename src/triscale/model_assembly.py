@@ -67,6 +67,7 @@ def make_model(config: RunConfig, vocabulary: int, classes: Tensor | None = None
         exchange=settings.exchange,
         products=settings.products,
         skip_negligible=settings.skip_negligible,
+        learn_temperature=settings.learn_scale,
     )
     return model, loss
 

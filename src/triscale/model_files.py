@@ -7,8 +7,10 @@ tokenizer and the preprocessing. Everything in it is untrusted: JSON, safetensor
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,19 +18,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from triscale.config import from_dict
+from triscale.config import from_dict, to_dict
 from triscale.data.named_tokenizers import clip_tokenizer, hub_tokenizer, open_clip_merges, read_tokenizer
 from triscale.data.settings import Fit
-from triscale.data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, open_tokenizer
+from triscale.data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, file_name, open_tokenizer
 from triscale.errors import UsageError, first_line
 from triscale.models import interop_hf, interop_open_clip
-from triscale.models.dual_encoder import build_dual_encoder
+from triscale.models.dual_encoder import DualEncoder, build_dual_encoder
 from triscale.models.interop import BIAS, SCALE, ForeignModel, check_fit, to_ours
 from triscale.models.settings import ModelSettings
 from triscale.models.weights import find_weights, read_json, read_weights
-from triscale.run_folder import trained_pair
+from triscale.run_folder import Files, read_init, trained_pair
 from triscale.training import checkpoint
 
 MAX_IMAGE_SIZE = 4096
@@ -143,10 +146,10 @@ def _open_own(
     named = next((folder / name for name in (MODEL_FILE, JSON_FILE) if (folder / name).exists()), folder / MODEL_FILE)
     tokenizer = open_tokenizer(_run_tokenizer(named), resolved.tokens)
     exported = weights or folder / checkpoint.MODEL
-    # A model of another package may have more ids than its tokenizer; a run has the tokenizer's.
-    if tokenizer.vocabulary_size > resolved.vocabulary or (
-        tokenizer.vocabulary_size < resolved.vocabulary and not exported.is_file()
-    ):
+    # A model of another package may have more ids than its tokenizer, and so what has come of it; a run of its own has
+    # the tokenizer's.
+    own = not exported.is_file() and not read_init(Files(folder))
+    if tokenizer.vocabulary_size > resolved.vocabulary or (own and tokenizer.vocabulary_size < resolved.vocabulary):
         raise UsageError(
             f"{named.name} of {str(folder)!r} has {tokenizer.vocabulary_size} tokens, "
             f"resolved.json says {resolved.vocabulary}: one of them is another run's"
@@ -236,6 +239,47 @@ def _expected(foreign: ForeignModel) -> dict[str, Tensor]:
         )
         scalars = {SCALE: torch.empty(()), **({BIAS: torch.empty(())} if foreign.bias else {})}
     return {**checkpoint.module_tensors(model.towers()), **scalars}
+
+
+def build_towers(files: ModelFiles) -> DualEncoder:
+    """The towers that the files describe, freshly initialised."""
+    return build_dual_encoder(
+        files.resolved.model,
+        image_size=files.preprocess.image_size,
+        vocabulary=files.resolved.vocabulary,
+        tokens=files.resolved.tokens,
+    )
+
+
+def check_weights(files: ModelFiles) -> None:
+    """Raise UsageError unless the tensors are those of the towers; takes no memory, whatever the settings ask for."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is copied there
+        checkpoint.load_into(build_towers(files).towers(), files.tensors)
+
+
+def write_model(files: ModelFiles, folder: Path) -> None:
+    """Write towers and temperature in one file, beside the JSON and the tokenizer that `open_model` reads."""
+    write_tensors(files.tensors, folder / checkpoint.MODEL)
+    write_values(to_dict(files.resolved), folder / RESOLVED)
+    write_values(to_dict(files.preprocess), folder / PREPROCESS)
+    write_tokenizer(files.tokenizer, folder)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors, each with memory of its own, as the format asks."""
+    kept = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
+def write_values(values: Mapping[str, Any], path: Path) -> None:
+    """Write JSON for people to read, too."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer by the name that its kind has."""
+    (folder / file_name(tokenizer.content)).write_bytes(tokenizer.content)
 
 
 def read_resolved(path: Path, *, text: bool = True) -> Resolved:

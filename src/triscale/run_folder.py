@@ -35,6 +35,9 @@ class Files:
         self.preprocess = folder / "preprocess.json"
         self.quarantine = folder / "quarantine.jsonl"
         self.results = folder / RESULTS
+        self.initial = folder / "initial"
+        self.interpolated = folder / "interpolated"
+        self.interpolation = folder / "interpolation.json"
         self.picture = folder / "guesses.png"
         self.report = folder / "report.html"
 
@@ -133,15 +136,13 @@ def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> Checkpoint
     """The newest good checkpoint of a run, or of the last of its phases that has one.
 
     Raises:
-        UsageError: it is no run folder, or has no good checkpoint.
+        UsageError: it has no good checkpoint.
     """
-    if not folder.is_dir():
-        raise UsageError(f"--train.init {str(folder)!r}: there is no such run folder")
     for part in reversed(parts_of(folder)):
         found = latest(part, report=report, with_optimizer=False)
         if found is not None:
             return found
-    raise UsageError(f"--train.init {str(folder)!r}: it has no good checkpoint")
+    raise UsageError(f"run folder {str(folder)!r} has no good checkpoint")
 
 
 @contextmanager
@@ -225,11 +226,26 @@ def read_init(files: Files) -> str | None:
     """The checkpoint that a run began with, "" for fresh weights; None where that is not written down yet."""
     if not files.resolved.exists():
         return None
+    init = _read_resolved(files).get("init", "")
+    return init if isinstance(init, str) else ""
+
+
+def read_vocabulary(files: Files) -> int | None:
+    """The number of token ids that a run was begun with; None where that is not written down yet."""
+    if not files.resolved.exists():
+        return None
+    found = _read_resolved(files).get("vocabulary")
+    return found if isinstance(found, int) else None
+
+
+def _read_resolved(files: Files) -> dict[str, Any]:
     try:
-        init = json.loads(files.resolved.read_text(encoding="utf-8")).get("init", "")
-        return init if isinstance(init, str) else ""
-    except (OSError, ValueError, AttributeError) as error:
+        values = json.loads(files.resolved.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UsageError(f"{str(files.resolved)!r} is damaged: delete it to have it made again") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{str(files.resolved)!r} is damaged: delete it to have it made again")
+    return values
 
 
 def preprocess(config: RunConfig) -> dict[str, Any]:
@@ -270,9 +286,9 @@ def evaluation_of(folder: Path) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
         UsageError: the folder has no config.json, or its recipe named no sets.
     """
     data = parts_of(trained_pair(folder, lambda line: None)).popitem()[1].data
-    if not data.eval:
+    if not data.eval and not data.guard:
         raise UsageError(f"the run {str(folder)!r} has no evaluation sets of its own: name some with --data")
-    return data.eval, data.root, data.shifts
+    return (*data.eval, *data.guard), data.root, data.shifts
 
 
 def saved_results(files: Files, names: Sequence[str]) -> Results | None:

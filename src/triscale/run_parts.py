@@ -23,20 +23,22 @@ from triscale.assembly import (
     make_tokenizer,
     open_training_data,
 )
-from triscale.config import RunConfig, lanes
+from triscale.config import RunConfig, lanes, with_steps
 from triscale.data.mixture import Mixture
 from triscale.data.rows import BatchReader
 from triscale.errors import UsageError
 from triscale.evaluation.datasets import SetOptions, open_sets
 from triscale.evaluation.encoder import Encoder
+from triscale.evaluation.guard import check_choice
 from triscale.evaluation.sets import EvaluationSet
 from triscale.evaluation.suite import base_set
 from triscale.feature_cache import is_cached, open_features
+from triscale.initial_model import InitialModel, kept_initial, open_initial
 from triscale.losses.classification import SoftmaxClassifier
 from triscale.losses.contrastive import ContrastiveLoss
 from triscale.model_assembly import Loss, Model, check_model, is_sharded, make_model, place_model
 from triscale.models.dual_encoder import DualEncoder
-from triscale.run_folder import Files, newest_checkpoint, read_init, saved_tokenizer
+from triscale.run_folder import Files, read_init, read_vocabulary, saved_tokenizer
 from triscale.training import checkpoint
 from triscale.training.ema import WeightAverage
 from triscale.training.host_memory import reuse_large_buffers
@@ -51,6 +53,9 @@ class Checked:
     config: RunConfig
     mixture: Mixture
     sets: Sequence[EvaluationSet]
+    """Those of --data.eval, then those of --data.guard."""
+    guard: Sequence[str]
+    """Names of the latter."""
     device: torch.device
 
 
@@ -66,7 +71,11 @@ class Run:
     reader: BatchReader
     model: Model
     loss: Loss
+    vocabulary: int
+    """Number of token ids of the text tower; 0 without one."""
     sets: Sequence[EvaluationSet]
+    guard: Sequence[str]
+    """Names of the sets whose scores should not fall."""
     device: torch.device
     console: Console
     init: str
@@ -79,11 +88,6 @@ class Run:
     def modules(self) -> dict[str, nn.Module]:
         """All that is trained and checkpointed, by name."""
         return {**self.model.towers(), "loss": self.loss}
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of token ids; 0 without text."""
-        return 0 if self.reader.tokenizer is None else self.reader.tokenizer.vocabulary_size
 
     @property
     def encoder(self) -> Encoder:
@@ -124,9 +128,17 @@ def check(config: RunConfig) -> Checked:
     mixture = open_training_data(config)
     fetched = SetOptions(cache=config.data.cache, cache_gib=config.data.cache_gib)
     sets = open_sets(config.data.eval, config.data.root, fetched) if "text" in lanes(config) else []
+    targets = [each.name for each in sets]
+    if config.data.guard:
+        sets = open_sets([*config.data.eval, *config.data.guard], config.data.root, fetched)
+    guard = [each.name for each in sets if each.name not in targets]
+    if config.data.guard and not guard:
+        raise UsageError("--data.guard names no set that is not among those of --data.eval")
     if sets:
         base_set(sets, config.data.shifts)
-    return Checked(config=config, mixture=mixture, sets=sets, device=device)
+    check_choice(config.train.interpolate, config.train.choose_on, [each.name for each in sets])
+    config = with_steps(config, len(mixture))
+    return Checked(config=config, mixture=mixture, sets=sets, guard=guard, device=device)
 
 
 def set_up(
@@ -145,13 +157,11 @@ def set_up(
     done = checkpoint.latest(files.folder, report=lambda line: console.print(line, markup=False))
     checkpoint.require_same(done, device)
     source = _source(config, files, begin_from, console) if done is None else None
-    tokenizer = make_tokenizer(
-        config, mixture, saved_tokenizer(files.folder), source and saved_tokenizer(_run_of(source))
-    )
+    tokenizer = make_tokenizer(config, mixture, saved_tokenizer(files.folder), source and source.tokenizer)
     classifies = config.loss.name == "classification"
     ids = make_ids(mixture, files.folder / "ids", device) if config.data.distinct_ids or classifies else None
     reader = make_reader(config, mixture, tokenizer, ids if config.data.distinct_ids else None)
-    vocabulary = 0 if reader.tokenizer is None else reader.tokenizer.vocabulary_size
+    vocabulary = _vocabulary(config, files, reader, source)
     model, loss = make_model(config, vocabulary, class_ids(ids) if classifies and ids else None)
     if isinstance(model, DualEncoder) and reader.tokenizer is not None:
         check_tokenizer(model, reader.tokenizer)
@@ -167,10 +177,12 @@ def set_up(
         reader=reader,
         model=model,
         loss=loss,
+        vocabulary=vocabulary,
         sets=checked.sets,
+        guard=checked.guard,
         device=device,
         console=console,
-        init=_name(source) if source else (done and read_init(files)) or "",
+        init=source.name if source else (done and read_init(files)) or "",
         notes=(*notes, *([f"frozen: {', '.join(config.train.frozen)}"] if config.train.frozen else [])),
     )
     return run, done
@@ -181,40 +193,41 @@ def make_console() -> Console:
     return Console(stderr=True, highlight=False, quiet=int(os.environ.get("RANK", "0")) > 0)
 
 
-def _source(config: RunConfig, files: Files, begin_from: Path | None, console: Console) -> checkpoint.Checkpoint | None:
-    """The checkpoint that a new run begins with, the same as when it was begun; None: fresh weights."""
-    folder = Path(config.train.init) if config.train.init else begin_from
-    if folder is None:
+def _source(config: RunConfig, files: Files, begin_from: Path | None, console: Console) -> InitialModel | None:
+    """What a new run begins with, the same as when it was begun; None: fresh weights."""
+    where = config.train.init or (str(begin_from) if begin_from else "")
+    if not where:
         return None
-    found = newest_checkpoint(folder, lambda line: console.print(line, markup=False))
     begun = read_init(files)
-    if begun is not None and begun != _name(found):
+    kept = kept_initial(files, begun)
+    if kept is not None:
+        return kept
+    found = open_initial(where, lambda line: console.print(line, markup=False))
+    if begun is not None and begun != found.name:
         raise UsageError(
-            f"{str(files.folder)!r} was begun with the weights of {begun}, but {str(folder)!r} has come to"
-            f" {_name(found)}: use another --run.dir"
+            f"{str(files.folder)!r} was begun with the weights of {begun}, but {where!r} has come to"
+            f" {found.name}: use another --run.dir"
         )
     return found
 
 
-def _name(source: checkpoint.Checkpoint) -> str:
-    """A checkpoint's name with its run's, wherever that lies."""
-    return f"{_run_of(source).resolve().name}/{source.path.name}"
+def _vocabulary(config: RunConfig, files: Files, reader: BatchReader, source: InitialModel | None) -> int:
+    """Token ids of the text tower: the tokenizer's, or as many as the model has whose tokenizer it is."""
+    if reader.tokenizer is None:
+        return 0
+    inherited = source is not None and source.tokenizer == reader.tokenizer.content
+    known = source.vocabulary if source is not None and inherited else read_vocabulary(files)
+    return max(known or 0, reader.tokenizer.vocabulary_size)
 
 
-def _run_of(source: checkpoint.Checkpoint) -> Path:
-    return source.path.parents[1]
-
-
-def _load(
-    model: Model, loss: Loss, done: checkpoint.Checkpoint | None, source: checkpoint.Checkpoint | None
-) -> list[str]:
-    """Load the run's own checkpoint into model and loss, or the one that it begins with; lines about it."""
+def _load(model: Model, loss: Loss, done: checkpoint.Checkpoint | None, source: InitialModel | None) -> list[str]:
+    """Load the run's own checkpoint into model and loss, or what it begins with; lines about it."""
     if done is not None:
         checkpoint.load_into({**model.towers(), "loss": loss}, done.model())
         return []
     assert source is not None
-    fresh = take_weights(model.towers(), loss, source.average() or source.model())
-    return [f"begins with the weights of {_name(source)}", *fresh]
+    fresh = take_weights(model.towers(), loss, source.tensors)
+    return [f"begins with the weights of {source.name}", *fresh]
 
 
 def with_features(run: Run) -> tuple[Run, int]:

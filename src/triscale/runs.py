@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from torch.optim import Optimizer
 
 from triscale import distributed
 from triscale.assembly import describe_optimizer, evaluating, make_optimizer, make_schedule
+from triscale.before_after import compare, guard_watch, is_compared, is_current, keep_initial, results_at
 from triscale.config import RunConfig, lanes
 from triscale.data.distinct import DistinctOrder
 from triscale.data.quarantine import Quarantine
 from triscale.data.unchanged import describe_sources, require_unchanged
+from triscale.evaluation.guard import GuardWatch
 from triscale.evaluation.suite import evaluate
 from triscale.feed import open_batches
 from triscale.model_assembly import check_sharding, describe_sharding, make_step
@@ -37,6 +40,7 @@ from triscale.run_folder import (
 from triscale.run_parts import Checked, Run, check, place, set_up, with_features
 from triscale.scores import headline, publish, publish_page, show
 from triscale.training import checkpoint, memory, optim
+from triscale.training.collapse import CollapseWatch
 from triscale.training.log import RunLog
 from triscale.training.loop import StopFlag, train
 from triscale.training.step import ContrastiveStep
@@ -74,7 +78,7 @@ def _go_on(run: Run, done: checkpoint.Checkpoint | None) -> int:
     if done is not None and done.step >= run.config.train.steps:
         run.say(f"{run.files.folder} is finished: {done.step} steps")
         results = saved_results(run.files, [each.name for each in run.sets])
-        if results is not None:
+        if results is not None and is_current(run, results):
             show(run.files, results)
             return 0
         run = place(run, done)
@@ -112,9 +116,12 @@ def _train(run: Run, done: checkpoint.Checkpoint | None) -> int:
         optim.load_optimizer(optimizer, done.optimizer())
         step.load_state_dict({"steps": done.step})
         quarantine.load_state_dict(done.state["quarantine"])
+    elif is_compared(config):
+        keep_initial(run)
     with StopFlag() as stop, _open_log(run) as log, contextlib.ExitStack() as opened:
-        log.cut(start)
+        log.cut(start or -1)
         _note_start(run, log, quarantine, step, start)
+        guard = _scores_before(run, log, start)
         rows = opened.enter_context(contextlib.closing(open_batches(config, run.reader, run.device, start, log)))
         outcome = train(
             step=step,
@@ -131,7 +138,7 @@ def _train(run: Run, done: checkpoint.Checkpoint | None) -> int:
             save=partial(_save, run, optimizer, quarantine, sources),
             checkpoint_every_steps=settings.checkpoint_every_steps,
             checkpoint_every_minutes=settings.checkpoint_every_minutes,
-            evaluate=partial(_scores, run) if run.sets else None,
+            evaluate=partial(_scores, run, guard, log) if run.sets else None,
             eval_every_steps=settings.eval_every_steps,
             log=log,
             quarantine=quarantine,
@@ -182,13 +189,15 @@ def _recorder(run: Run, step: ContrastiveStep, log: RunLog) -> Callable[[], None
 
 def _open_log(run: Run) -> RunLog:
     settings = run.config.train
-    return RunLog(
+    log = RunLog(
         run.files.folder,
         total_steps=settings.steps,
         chance=run.chance,
         log_every_steps=settings.log_every_steps,
         console=run.console,
     )
+    log.watch_collapse(CollapseWatch(lanes(run.config), run.chance[1]))
+    return log
 
 
 def _note_start(run: Run, log: RunLog, quarantine: Quarantine, step: ContrastiveStep, start: int) -> None:
@@ -226,14 +235,40 @@ def _save(run: Run, optimizer: Optimizer, quarantine: Quarantine, sources: list[
     )
 
 
-def _scores(run: Run, steps: int) -> dict[str, float]:
+def _scores_before(run: Run, log: RunLog, start: int) -> GuardWatch | None:
+    """Score the initial weights, where the run is compared with them; what watches that the guard does not fall."""
+    if is_compared(run.config):
+        before = results_at(run, 0.0)
+        if not start:
+            log.evaluation(0, headline(before))
+    return guard_watch(run)
+
+
+def _scores(run: Run, guard: GuardWatch | None, log: RunLog, steps: int) -> dict[str, float]:
     """The scores that the log shows during training."""
     with evaluating(run.model, run.average):
-        return headline(evaluate(run.encoder, run.sets, run.config.data.shifts).results)
+        found = headline(evaluate(run.encoder, run.sets, run.config.data.shifts).results)
+    return _guarded(found, guard, log)
+
+
+def _guarded(found: dict[str, float], guard: GuardWatch | None, log: RunLog) -> dict[str, float]:
+    """The scores with the largest fall of the guard; gives notice where that is too much."""
+    if guard is None:
+        return found
+    line = guard.add(found)
+    if line is not None:
+        log.notice(line)
+    return {**found, "guard_fall": guard.fall(found)}
 
 
 def finish(run: Run) -> None:
     """Evaluate a trained run: results, predictions, a picture of test images with guesses, the table on stdout."""
     with evaluating(run.model, run.average):
         evaluation = evaluate(run.encoder, run.sets, run.config.data.shifts)
+    if is_compared(run.config):
+        evaluation = replace(evaluation, results=compare(run, evaluation.results))
+        with _open_log(run) as log:
+            log.cut(run.config.train.steps)
+            scored = _guarded(headline(evaluation.results), guard_watch(run), log)
+            log.evaluation(run.config.train.steps, scored)
     publish(run.files, evaluation, title=f"Triscale: {run.recipe}", sets=run.sets)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from triscale import distributed
+from triscale.evaluation.guard import guard_table, scores
 from triscale.evaluation.picture import GuessRow, draw_guesses
 from triscale.evaluation.sets import EvaluationSet
 from triscale.evaluation.suite import Evaluation, Results, write_evaluation
@@ -21,11 +22,8 @@ PICTURE_IMAGES = 4
 
 def headline(results: Results) -> dict[str, float]:
     """One number a set, for the log: top-1, or recall@1 of images."""
-    scores = {
-        name: float(result["top1"] if result["task"] == "classification" else result["text_to_image_recall@1"])
-        for name, result in results["sets"].items()
-    }
-    return scores if results["shift_mean"] is None else {**scores, "shift_mean": results["shift_mean"]}
+    found = scores(results)
+    return found if results["shift_mean"] is None else {**found, "shift_mean": results["shift_mean"]}
 
 
 def publish(files: Files, evaluation: Evaluation, *, title: str, sets: Sequence[EvaluationSet]) -> None:
@@ -65,6 +63,9 @@ def show(files: Files, results: Results) -> None:
     """Print the table, and where it and the picture are; rank 0 alone."""
     if distributed.rank() != 0:
         return
-    Console(highlight=False).print(results_table(results))
-    written = [path for path in (files.results, files.picture, files.report) if path.exists()]
+    console = Console(highlight=False)
+    console.print(results_table(results))
+    if "before" in results:
+        console.print(guard_table(results))
+    written = [path for path in (files.results, files.picture, files.report, files.interpolated) if path.exists()]
     _say("  ".join(str(path) for path in written))

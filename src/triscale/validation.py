@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from triscale.config import RunConfig, flatten, lanes, to_dict
+from triscale.config import LANES, RunConfig, flatten, lanes, to_dict
 from triscale.data.settings import DataSettings, train_sources
 from triscale.errors import UsageError
 from triscale.training.settings import (
@@ -21,7 +21,9 @@ def validate(config: RunConfig) -> None:
     """Raise UsageError for values that cannot work, before any data or device is touched."""
     at_least = {
         "batch.size": 1,
-        "train.steps": 1,
+        "train.steps": 0,
+        "train.epochs": 0,
+        "train.guard_drop": 0,
         "train.keep_checkpoints": 1,
         "train.checkpoint_every_steps": 0,
         "train.eval_every_steps": 0,
@@ -92,8 +94,35 @@ def validate(config: RunConfig) -> None:
     parse_per_lane("--batch.micro", config.batch.micro, lanes(config), smallest=1)
     parse_per_lane("--batch.keep", config.batch.keep, lanes(config), smallest=0)
     _check_compilation(config.batch, lanes(config))
+    _check_length(config)
     _check_classification(config)
+    _check_interpolation(config)
     _check_sharding(config)
+
+
+def _check_length(config: RunConfig) -> None:
+    """Raise UsageError unless either steps or epochs say how long a run is."""
+    train = config.train
+    if train.steps and train.epochs:
+        raise UsageError(
+            f"--train.steps {train.steps} and --train.epochs {train.epochs:g} both say how long: set one of them to 0"
+        )
+    if not train.steps and not train.epochs:
+        raise UsageError("--train.steps is 0: it must be at least 1, or --train.epochs above 0")
+
+
+def _check_interpolation(config: RunConfig) -> None:
+    """Raise UsageError for weights between initial and trained ones that cannot be, or have nothing to be judged on."""
+    train = config.train
+    if (train.interpolate or config.data.guard) and not train.init:
+        option = "--train.interpolate" if train.interpolate else "--data.guard"
+        raise UsageError(f"{option} compares with the weights that --train.init names: name some")
+    if not all(0 <= each <= 1 for each in train.interpolate) or len(set(train.interpolate)) < len(train.interpolate):
+        raise UsageError(f"--train.interpolate {train.interpolate}: distinct numbers from 0 to 1")
+    if train.choose_on and not train.interpolate:
+        raise UsageError("--train.choose-on chooses among --train.interpolate: give some")
+    if (train.interpolate or config.data.guard) and lanes(config) != LANES:
+        raise UsageError("--train.interpolate and --data.guard are of zero-shot models: there is no text tower")
 
 
 def _check_classification(config: RunConfig) -> None:

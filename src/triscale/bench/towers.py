@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from triscale.bench import peers
 from triscale.config import Phases, RunConfig, with_preset
 from triscale.errors import UsageError
+from triscale.fine_tuning import FineTuning
 from triscale.model_assembly import make_model
 from triscale.models.dual_encoder import build_dual_encoder
 from triscale.models.presets import PRESETS
@@ -167,8 +168,10 @@ def of_config(config: RunConfig) -> Workload:
     return Workload(towers=model.towers(), draw=draw, batch_norm=statistics)
 
 
-def of_recipe(recipe: RunConfig | Phases) -> Workload:
-    """The towers of a recipe, or of the last of its phases, which trains all of both."""
+def of_recipe(recipe: RunConfig | Phases | FineTuning) -> Workload:
+    """The towers of a recipe, or of the last of its phases, which trains all of both; UsageError where it has none."""
+    if isinstance(recipe, FineTuning):
+        raise UsageError("a recipe for any model has no towers of its own: name another, or a preset")
     return of_config(recipe if isinstance(recipe, RunConfig) else list(recipe.of.values())[-1])
 
 

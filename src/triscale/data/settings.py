@@ -99,6 +99,9 @@ class DataSettings:
     (docs/evaluation.md)."""
     shifts: tuple[str, ...] = ()
     """Names of the evaluation sets whose mean is `shift_mean`; the drop is measured from the first set of `eval`."""
+    guard: tuple[str, ...] = ()
+    """Evaluation sets whose scores fine-tuning should not lose, named as in `eval` and not among those: scored before
+    the first step, with every evaluation and at the end, with a warning where they fall (--train.guard-drop)."""
     image_size: int = 32
     """Side, in pixels, of the images that the image tower sees."""
     canvas: int = 0

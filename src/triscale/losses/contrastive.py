@@ -64,8 +64,8 @@ class ContrastiveLoss(nn.Module, ABC):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Keep the factor at most `max_logit_scale`; to be called after each optimizer step."""
-        if self.max_logit_scale > 0:
+        """Keep a learned factor at most `max_logit_scale`; to be called after each optimizer step."""
+        if self.max_logit_scale > 0 and self.logit_scale.requires_grad:
             self.logit_scale.clamp_(max=math.log(self.max_logit_scale))
 
 

@@ -23,7 +23,8 @@ class InfoNCE(ContrastiveLoss):
     P(i) the rows with i's id, all rows in the denominator.
 
     Args:
-        tiled, logit_scale, max_logit_scale, exchange, products, skip_negligible: see `ContrastiveLoss`.
+        tiled, logit_scale, max_logit_scale, exchange, products, skip_negligible, learn_temperature: see
+            `ContrastiveLoss`.
 
     Source: Radford et al., arXiv 2103.00020, figure 3; Pham et al., arXiv 2111.10050, section 3.
 
@@ -41,8 +42,10 @@ class InfoNCE(ContrastiveLoss):
         exchange: Exchange = "auto",
         products: Products = "inputs",
         skip_negligible: bool = False,
+        learn_temperature: bool = True,
     ) -> None:
-        super().__init__(tiled, logit_scale, max_logit_scale, Options(exchange, products, skip_negligible))
+        options = Options(exchange, products, skip_negligible)
+        super().__init__(tiled, logit_scale, max_logit_scale, options, learn_temperature)
 
     def forward(
         self, x: Float[Tensor, "b d"], y: Float[Tensor, "b d"], ids: Int[Tensor, " b"] | None = None

@@ -29,6 +29,7 @@ class Sigmoid(ContrastiveLoss):
     Args:
         batch_size: B, the contrastive batch over all ranks that the bias starts for; at least 2 is taken.
         tiled, logit_scale, max_logit_scale, exchange, products: see `ContrastiveLoss`.
+        learn_temperature: whether `logit_scale` and `logit_bias` take a gradient.
 
     Source: Zhai et al., arXiv 2303.15343, section 3.2 and algorithm 1.
 
@@ -46,11 +47,12 @@ class Sigmoid(ContrastiveLoss):
         max_logit_scale: float = 100.0,
         exchange: Exchange = "auto",
         products: Products = "inputs",
+        learn_temperature: bool = True,
     ) -> None:
-        super().__init__(tiled, logit_scale, max_logit_scale, Options(exchange, products))
+        super().__init__(tiled, logit_scale, max_logit_scale, Options(exchange, products), learn_temperature)
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-        self.logit_bias = nn.Parameter(torch.tensor(-math.log(max(batch_size, 2) - 1)))
+        self.logit_bias = nn.Parameter(torch.tensor(-math.log(max(batch_size, 2) - 1)), requires_grad=learn_temperature)
 
     def forward(
         self, x: Float[Tensor, "b d"], y: Float[Tensor, "b d"], ids: Int[Tensor, " b"] | None = None

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from triscale.config import Phases, RunConfig
-from triscale.recipes import basic, clipart, emoji, scenes
+from triscale.fine_tuning import FineTuning
+from triscale.recipes import basic, clipart, emoji, finetune, scenes
 
-RECIPES: dict[str, Callable[[], RunConfig | Phases]] = {
+RECIPES: dict[str, Callable[[], RunConfig | Phases | FineTuning]] = {
     "scenes": scenes.config,
     "emoji": emoji.config,
     "emoji-phases": emoji.phases,
     "clipart": clipart.config,
+    "finetune": finetune.config,
     "basic-s": basic.small,
     "basic-m": basic.medium,
     "basic-l": basic.large,

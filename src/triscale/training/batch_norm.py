@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from triscale import distributed
 from triscale.models.normalisation import replace_batch_norm
+from triscale.training.parallel import is_sharded
 
 
 class SynchronisedBatchNorm(_BatchNorm):
@@ -95,3 +96,8 @@ def synchronise_batch_norm(tower: nn.Module) -> nn.Module:
         UsageError: a BatchNorm that computes something else besides.
     """
     return replace_batch_norm(tower, SynchronisedBatchNorm)
+
+
+def meets_others(tower: nn.Module) -> bool:
+    """Whether ranks talk to each other inside the tower, so that each must go through it as often as the others."""
+    return is_sharded(tower) or any(isinstance(module, SynchronisedBatchNorm) for module in tower.modules())

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from triscale import distributed
 from triscale.errors import RunError
+from triscale.training.collapse import CollapseWatch
 from triscale.training.starvation import Advise, Starvation
 
 METRICS = "metrics.jsonl"
@@ -59,6 +60,7 @@ class RunLog:
         self._task = TaskID(0)
         self._step = 0
         self._starvation: Starvation | None = None
+        self._collapse: CollapseWatch | None = None
 
     def cut(self, step: int) -> None:
         """Remove what was logged after `step`, and any torn line, as a resume from that step's checkpoint needs."""
@@ -88,7 +90,7 @@ class RunLog:
         self._step = step
         if not self._main:
             return
-        self._look_for_starvation(metrics)
+        self._look_for_trouble(metrics)
         if self._first_step is None:
             self._first_step = step - 1
         summary = _summary(metrics, self._chance, self._seconds_left(step, self._first_step))
@@ -123,6 +125,10 @@ class RunLog:
         """From now on give notice, once, when the towers wait for data, and once more at a good end."""
         self._starvation = Starvation(advise)
 
+    def watch_collapse(self, watch: CollapseWatch) -> None:
+        """From now on give notice, once, when embeddings collapse."""
+        self._collapse = watch
+
     def close(self) -> None:
         """End the progress bar and close the file."""
         if self._progress is not None:
@@ -143,11 +149,12 @@ class RunLog:
         finally:
             self.close()
 
-    def _look_for_starvation(self, metrics: Mapping[str, Any]) -> None:
-        if self._starvation is None:
-            return
-        line = self._starvation.add(metrics["data_wait"], metrics["samples_per_second"])
-        if line is not None:
+    def _look_for_trouble(self, metrics: Mapping[str, Any]) -> None:
+        lines = [
+            self._starvation and self._starvation.add(metrics["data_wait"], metrics["samples_per_second"]),
+            self._collapse and self._collapse.add(metrics),
+        ]
+        for line in filter(None, lines):
             self.notice(line)
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -61,6 +61,8 @@ class LossSettings:
     """Initial factor on the cosines (CLIP: 1/0.07, SigLIP: 10). It is learned, as its natural logarithm."""
     max_logit_scale: float = 100.0
     """The factor is clamped to this after each optimizer step; 0: no clamp."""
+    learn_scale: bool = True
+    """Whether the factor, and the sigmoid loss's bias, are learned; otherwise they stay what the run begins with."""
     exchange: Literal["auto", "gather", "blocks"] = "auto"
     """How a process sees the embeddings of the others: all gathered once, or a piece at a time, in a fraction of the
     memory and with up to twice the traffic; auto: gathered up to 1 GiB."""
@@ -100,7 +102,7 @@ class OptimSettings:
     """What the rate does after the warmup: falls to zero as a cosine or linearly, stays, or falls with the inverse
     square root of the steps."""
     warmup_steps: int = 100
-    """Steps of linear warmup."""
+    """Steps of linear warmup; at most a tenth of all where --train.epochs says how many these are."""
     cooldown_steps: int = 0
     """Steps at the end in which the rate goes linearly to zero besides; for constant and rsqrt."""
     clip_norm: float = 1.0
@@ -115,11 +117,14 @@ class TrainSettings:
     """Length, device, checkpoints and evaluation of a run."""
 
     steps: int = 1000
-    """Optimizer steps in all."""
+    """Optimizer steps in all; 0: as epochs says."""
+    epochs: float = 0.0
+    """Passes over the training data in place of steps, rounded up to whole steps; the run's config.json holds these.
+    0: as steps says."""
     init: str = ""
-    """A run folder, or that of a phase, whose newest checkpoint gives the weights that training begins with, those of
-    the moving average where it has one. What it lacks begins with fresh ones. A phase begins with those of the phase
-    before it unless this names others."""
+    """What gives the weights that training begins with: a run folder or that of a phase, whose newest checkpoint is
+    taken, the moving average where it has one; an exported model; one of open_clip or Hugging Face; hf-hub:NAME. What
+    it lacks begins with fresh weights. A phase begins with those of the phase before it unless this names others."""
     frozen: tuple[str, ...] = ()
     """Parts of the towers that are not trained: "image", "image.backbone" (all of it but the projection), "text",
     "text.blocks.0" and so on. They are in evaluation mode throughout."""
@@ -135,6 +140,14 @@ class TrainSettings:
     """Newest checkpoints that stay on disk."""
     eval_every_steps: int = 0
     """Steps between evaluations; 0: only at the end."""
+    guard_drop: float = 0.02
+    """Largest fall of a score on a set of --data.guard, as a fraction of 1, that passes without a warning."""
+    interpolate: tuple[float, ...] = ()
+    """Weights (1 - a) * initial + a * trained to evaluate when training ends, for each of these a in [0, 1] (WiSE-FT);
+    those of one a are written to RUN/interpolated. Empty: none."""
+    choose_on: str = ""
+    """Name of the evaluation set whose score chooses that a: a validation set, never the test set that is reported,
+    whose score would say too much. Empty: the a nearest to 0.5, whatever the scores."""
     collective_timeout_seconds: float = 50.0
     """Seconds after which a process that waits for another gives up, and the run ends. To be longer than a checkpoint
     takes to write, and than one process lags behind another."""

@@ -30,8 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from triscale import distributed
 from triscale.errors import UsageError
-from triscale.training import memory, parallel
-from triscale.training.batch_norm import SynchronisedBatchNorm
+from triscale.training import collapse, memory, parallel
+from triscale.training.batch_norm import SynchronisedBatchNorm, meets_others
 from triscale.training.lane import Lane, Rows, device_of, is_trainable, put_back, split_evenly
 from triscale.training.plan import ActivationBytes, LanePlan, PerLane, auto_keep, auto_micro_batch, per_lane, smaller
 from triscale.training.recovery import OutOfMemory, agreed, in_collectives
@@ -44,9 +44,9 @@ class StepOutput:
     loss: Tensor
     """The global loss, on every rank; where it is not finite, no gradient was made."""
     metrics: dict[str, float]
-    """The loss's own (in-batch accuracy, logit scale), and `replay_error`: the largest difference between an
-    embedding of the first pass and the same one of the second. Zero unless the tower is not a function of its inputs,
-    parameters and torch's random numbers."""
+    """The loss's own (in-batch accuracy, logit scale); how this rank's first embeddings spread (`collapse.describe`);
+    and `replay_error`: the largest difference between an embedding of the first pass and the same one of the second.
+    Zero unless the tower is not a function of its inputs, parameters and torch's random numbers."""
 
 
 class ContrastiveStep:
@@ -139,8 +139,10 @@ class ContrastiveStep:
                 for lane in lanes:
                     lane.first_pass()
             with agreed(lanes[0].device) if distributed.world_size() == 1 else in_collectives("the loss"):
-                loss, gradients = self._loss_and_gradients([lane.take_embeddings() for lane in lanes], ids, counts)
-            metrics = {name: float(value) for name, value in getattr(self.loss, "metrics", {}).items()}
+                loss, gradients, spread = self._loss_and_gradients(
+                    [lane.take_embeddings() for lane in lanes], ids, counts
+                )
+            metrics = {name: float(value) for name, value in getattr(self.loss, "metrics", {}).items()} | spread
             if not math.isfinite(loss):
                 self._undo(buffers)
                 return StepOutput(loss, metrics)
@@ -230,7 +232,7 @@ class ContrastiveStep:
         """
         micro_batch = self.plans[name].micro_batch
         parts = math.ceil(max(counts) / micro_batch)
-        if min(counts) < parts and _meets_others(self.towers[name]):
+        if min(counts) < parts and meets_others(self.towers[name]):
             parts = min(counts)
             if max(counts) > 2 * micro_batch * parts:
                 raise UsageError(f"tower '{name}' needs about as many rows on every process, got {counts}")
@@ -309,9 +311,9 @@ class ContrastiveStep:
 
     def _loss_and_gradients(
         self, embeddings: list[Tensor], ids: Rows | None, counts: list[int]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The global loss, and its gradient with respect to this rank's embeddings (b, d) of every lane."""
-        arguments = {}
+    ) -> tuple[Tensor, list[Tensor], dict[str, float]]:
+        """The global loss, its gradient with respect to this rank's embeddings (b, d) of every lane, their spread."""
+        arguments, spread = {}, collapse.describe(dict(zip(self.towers, embeddings, strict=True)))
         if ids is not None:
             arguments["ids"] = torch.as_tensor(ids[0 : len(ids)]).to(embeddings[0].device)
         samples = [count // self.views for count in counts]
@@ -331,7 +333,7 @@ class ContrastiveStep:
             for parameter in self.loss.parameters() if isinstance(self.loss, nn.Module) else ():
                 if parameter.grad is not None:  # every rank computed the whole; their sum must be the whole
                     parameter.grad /= distributed.world_size()
-        return loss.detach(), gradients
+        return loss.detach(), gradients, spread
 
     def _gather_views(self, embeddings: Tensor, samples: list[int]) -> Tensor:
         """All ranks' rows (views * B, d), view by view, each in rank order."""
@@ -343,8 +345,3 @@ class ContrastiveStep:
         trainable = [tower for tower in self.towers.values() if is_trainable(tower)]
         parallel.sum_over_ranks(trainable, others)
         parallel.average_statistics(trainable)
-
-
-def _meets_others(tower: nn.Module) -> bool:
-    """Whether ranks talk to each other inside the tower, so that each must go through it as often as the others."""
-    return parallel.is_sharded(tower) or any(isinstance(m, SynchronisedBatchNorm) for m in tower.modules())

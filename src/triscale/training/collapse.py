@@ -1,0 +1,112 @@
+"""Whether embeddings still tell samples apart: how they spread over the sphere, and a warning where they collapse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+ROWS = 256
+"""Most rows of a batch that are looked at: their products cost a millionth of a tower's."""
+ALIKE = 0.99
+"""Mean cosine from which embeddings count as alike; those of CLIP's texts in one template reach 0.9."""
+APART = 0.95
+"""Mean cosine up to which they have been told apart."""
+STUCK, LEARNED = 0.98, 0.95
+"""Likewise of the loss, as shares of that of a model that tells nothing apart."""
+PATIENCE_STEPS = 10
+"""Steps in a row before a warning where embeddings were told apart earlier in this process."""
+PATIENCE_FROM_START_STEPS = 500
+"""Where they were not: fresh towers begin with embeddings that are alike."""
+
+
+class Spread(NamedTuple):
+    """How n embeddings lie on the sphere."""
+
+    mean_cosine: float
+    """Over all pairs of different rows: 1 when all are alike, about 0 when spread evenly."""
+    effective_rank: float
+    """(sum of variances)^2 / sum of squared variances along the principal axes: the dimensions that are used; 0 when
+    all rows are equal."""
+    uniformity: float
+    """log of the mean of exp(-2 |x - y|^2) over pairs of different rows: 0 when all are alike, lower when spread (Wang
+    and Isola, arXiv 2005.10242, equation 5)."""
+
+
+@torch.no_grad()
+def spread(embeddings: Float[Tensor, "n d"]) -> Spread:
+    """How embeddings lie on the sphere, in O(n^2 d); they are normalised here.
+
+    Returns:
+        Not-a-number throughout where an embedding is not finite, or there are fewer than two.
+    """
+    count = len(embeddings)
+    if count < 2:
+        return Spread(math.nan, math.nan, math.nan)
+    unit = F.normalize(embeddings.float(), dim=-1)
+    cosines = unit @ unit.T
+    different = ~torch.eye(count, dtype=torch.bool, device=cosines.device)
+    centred = cosines - cosines.mean(0) - cosines.mean(1, keepdim=True) + cosines.mean()
+    variance, squares = centred.diagonal().sum(), centred.square().sum()
+    # Below rounding of the cosines there is no variance, and no rank.
+    rank = torch.where(
+        variance > 1e-6 * count, variance.square() / squares, torch.where(variance.isnan(), variance, 0.0)
+    )
+    pairs = cosines[different]
+    uniformity = (4 * (pairs - 1)).exp().mean().log()
+    return Spread(*torch.stack([pairs.mean(), rank, uniformity]).tolist())
+
+
+@torch.no_grad()
+def alignment(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> float:
+    """Mean of |x - y|^2 over the positive pairs, row i of both, normalised here (Wang and Isola, equation 4)."""
+    return float((F.normalize(x.float(), dim=-1) - F.normalize(y.float(), dim=-1)).square().sum(-1).mean())
+
+
+def describe(embeddings: Mapping[str, Float[Tensor, "n d"]], rows: int = ROWS) -> dict[str, float]:
+    """The spread of every lane's first rows, and the alignment of two lanes, as metrics of a step."""
+    first = {lane: each[:rows].detach() for lane, each in embeddings.items()}
+    found = {f"{lane}_{name}": value for lane, each in first.items() for name, value in spread(each)._asdict().items()}
+    if len(first) == 2:
+        found["alignment"] = alignment(*first.values())
+    return found
+
+
+class CollapseWatch:
+    """Looks on while a run goes along, and speaks once, where its embeddings do not tell samples apart any more.
+
+    Args:
+        lanes: the towers.
+        chance: what a row's loss chooses among; a model that tells nothing apart has its logarithm as loss.
+    """
+
+    def __init__(self, lanes: tuple[str, ...], chance: int) -> None:
+        self._lanes, self._loss = lanes, math.log(chance)
+        self._apart = self._told = False
+        self._steps = 0
+
+    def add(self, metrics: Mapping[str, float]) -> str | None:
+        """Take in the metrics of a step, those of `describe` among them; the warning, once, when it has to be given."""
+        cosines = {lane: metrics.get(f"{lane}_mean_cosine", math.nan) for lane in self._lanes}
+        loss = metrics.get("loss", math.nan)
+        if loss < LEARNED * self._loss and all(cosine < APART for cosine in cosines.values()):
+            self._apart = True
+        alike = [lane for lane, cosine in cosines.items() if cosine > ALIKE]
+        stuck = self._loss > 0 and loss >= STUCK * self._loss
+        self._steps = self._steps + 1 if alike or stuck else 0
+        if self._told or self._steps < (PATIENCE_STEPS if self._apart else PATIENCE_FROM_START_STEPS):
+            return None
+        self._told = True
+        ranks = {lane: metrics.get(f"{lane}_effective_rank", math.nan) for lane in self._lanes}
+        found = ", ".join(
+            f"{lane}: mean cosine {cosines[lane]:.3f}, effective rank {ranks[lane]:.1f}" for lane in self._lanes
+        )
+        return (
+            f"embeddings have collapsed, for {self._steps} steps by now ({found}; loss {loss:.3f}, that of guessing is"
+            f" {self._loss:.3f}): begin again with a lower --optim.learning-rate or more --optim.warmup-steps"
+        )

@@ -1,0 +1,78 @@
+"""Embeddings that tell nothing apart are seen, and those that do are left in peace."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from triscale.training import collapse
+from triscale.training.collapse import CollapseWatch, alignment, describe, spread
+
+LANES = ("image", "text")
+
+
+def test_spread_is_what_the_papers_formulas_say(rng: torch.Generator) -> None:
+    rows = torch.randn(9, 5, generator=rng, dtype=torch.float64) + 0.5
+    unit = F.normalize(rows, dim=-1)
+    pairs = [(i, j) for i in range(9) for j in range(9) if i != j]
+    cosine = sum(float(unit[i] @ unit[j]) for i, j in pairs) / len(pairs)
+    uniformity = math.log(sum(math.exp(-2 * float((unit[i] - unit[j]).square().sum())) for i, j in pairs) / len(pairs))
+    variances = torch.linalg.eigvalsh(torch.cov(unit.T, correction=0))
+    found = spread(rows)
+    assert found.mean_cosine == pytest.approx(cosine, abs=1e-6)
+    assert found.uniformity == pytest.approx(uniformity, rel=1e-5)
+    assert found.effective_rank == pytest.approx(float(variances.sum() ** 2 / variances.square().sum()), rel=1e-4)
+    other = torch.randn(9, 5, generator=rng, dtype=torch.float64)
+    distance = sum(float((unit[i] - F.normalize(other[i], dim=-1)).square().sum()) for i in range(9)) / 9
+    assert alignment(rows, other) == pytest.approx(distance, rel=1e-5)
+
+
+def test_equal_rows_have_no_rank_and_an_orthonormal_basis_has_all() -> None:
+    alike, basis = spread(torch.ones(8, 6)), spread(torch.eye(8))
+    assert (alike.mean_cosine, alike.effective_rank) == (pytest.approx(1), 0)
+    assert alike.uniformity == pytest.approx(0, abs=1e-5)
+    assert (basis.mean_cosine, basis.effective_rank) == (0, pytest.approx(7, rel=1e-4))
+
+
+def test_what_cannot_be_known_is_no_number() -> None:
+    for rows in (torch.ones(1, 3), torch.full((4, 3), math.nan)):
+        assert all(math.isnan(value) for value in spread(rows))
+
+
+def test_a_step_is_told_by_its_first_rows(rng: torch.Generator) -> None:
+    lanes = {name: torch.randn(collapse.ROWS + 44, 4, generator=rng) for name in LANES}
+    found = describe(lanes)
+    assert found == describe({name: rows[: collapse.ROWS] for name, rows in lanes.items()})
+    assert set(found) == {
+        *(f"{lane}_{name}" for lane in LANES for name in ("mean_cosine", "effective_rank", "uniformity")),
+        "alignment",
+    }
+    assert "alignment" not in describe({"image": lanes["image"]})
+
+
+def step(cosine: float, loss: float) -> dict[str, float]:
+    return {"image_mean_cosine": cosine, "text_mean_cosine": 0.3, "image_effective_rank": 2.5, "loss": loss}
+
+
+@pytest.mark.parametrize("bad", [step(0.995, 1.0), step(0.5, math.log(64))], ids=["alike", "loss of guessing"])
+def test_a_collapse_is_told_once_and_after_some_steps(bad: dict[str, float]) -> None:
+    watch = CollapseWatch(LANES, 64)
+    assert watch.add(step(0.4, 1.0)) is None
+    lines = [watch.add(bad) for _ in range(30)]
+    assert [bool(line) for line in lines].index(True) == collapse.PATIENCE_STEPS - 1
+    assert sum(map(bool, lines)) == 1
+    (line,) = filter(None, lines)
+    assert "collapsed" in line and "--optim.learning-rate" in line and "image: mean cosine" in line
+
+
+def test_fresh_towers_are_given_time_and_single_bad_steps_pass() -> None:
+    fresh = CollapseWatch(LANES, 64)
+    lines = [fresh.add(step(0.999, 4.3)) for _ in range(collapse.PATIENCE_FROM_START_STEPS)]
+    assert not any(lines[:-1]) and lines[-1]
+    now_and_then = CollapseWatch(LANES, 64)
+    assert not any(now_and_then.add(step(0.999 if n % 5 else 0.5, 1.0)) for n in range(200))
+    unknown = CollapseWatch(("image",), 10)
+    assert not any(unknown.add({"loss": math.nan}) for _ in range(1000))
