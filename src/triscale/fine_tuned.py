@@ -24,9 +24,9 @@ from triscale.data.samples import Sample
 from triscale.data.settings import AugmentSettings, DataSettings, SubsetSettings
 from triscale.data.sources import needs_root, split_kind
 from triscale.errors import UsageError
-from triscale.evaluation.datasets import SHARD_COUNT_FILE
 from triscale.evaluation.knn import ranks
 from triscale.evaluation.labels import LabelledSource
+from triscale.evaluation.layouts import SHARD_COUNT_FILE
 from triscale.evaluation.probe import Result, scores
 from triscale.evaluation.probe_rows import LabelledRows
 from triscale.image_models import ImageModel, open_image_model
