@@ -32,6 +32,12 @@ OPEN_CLIP: dict[str, dict[str, Any]] = {
         "text_cfg": TEXT,
         "custom_text": True,
     },
+    "convolutional": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": SIZE, "timm_model_name": "resnet10t", "timm_pool": "", "timm_proj": "linear"},
+        "text_cfg": TEXT,
+        "custom_text": True,
+    },
     "rn50": {
         "embed_dim": 16,
         "vision_cfg": {"image_size": SIZE, "layers": [3, 4, 6, 3], "width": 64, "patch_size": None},

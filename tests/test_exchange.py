@@ -54,7 +54,7 @@ def normalised(model: ZeroShotModel, images: Tensor) -> Tensor:
     return (images / 255 - model.model.image.mean) / model.model.image.std
 
 
-@pytest.fixture(scope="module", params=["vit", "quick-gelu", "timm", "rn50"])
+@pytest.fixture(scope="module", params=["vit", "quick-gelu", "timm", "convolutional", "rn50"])
 def open_clip_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A folder of open_clip and the model in it."""
     need("open_clip", "ftfy", "tokenizers")

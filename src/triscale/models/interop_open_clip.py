@@ -269,10 +269,12 @@ def _write_image(
         return vision, VIT_RULES
     made_for = timm.get_pretrained_cfg_value(settings.image, "input_size")
     plain = settings.image_options in ("{}", "") and settings.batch_norm == "keep"
-    if not plain or not made_for or made_for[-1] != image_size or type(backbone).__module__.split(".")[0] != "timm":
+    any_size = not timm.get_pretrained_cfg_value(settings.image, "fixed_input_size")
+    fits = bool(made_for) and (any_size or made_for[-1] == image_size)
+    if not plain or not fits or type(backbone).__module__.split(".")[0] != "timm":
         raise UsageError(
             f"open_clip has no image tower {settings.image} with these options: it has CLIP's, and timm's as they are "
-            "at the size of images that timm made them for"
+            "at the size of images that timm made them for, convolutional ones at any"
         )
     vision = {
         "image_size": image_size,
