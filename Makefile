@@ -12,7 +12,7 @@ demo: $(STAMP)
 	@$(BIN)/triscale train scenes
 
 test: lint
-	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	@$(BIN)/pytest --run-slow -m slow

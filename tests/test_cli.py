@@ -168,7 +168,7 @@ def test_every_field_of_a_recipe_has_help(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_packed_scenes_are_shards_that_train_and_sets_that_evaluate(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """pack -> tokenizer -> train on the shards -> eval --data -> classify an image, with files of a user's own."""
     packed, folder = tmp_path / "packed", tmp_path / "run"
@@ -194,7 +194,8 @@ def test_packed_scenes_are_shards_that_train_and_sets_that_evaluate(
     status, out, _ = call(capsys, "eval", str(folder), "--data", str(packed / "wds_v2"))
     assert status == 0 and "v2" in out
 
-    picture = tmp_path / "a [red] $picture$.png"
+    monkeypatch.chdir(tmp_path)
+    picture = Path("a [red] $picture$.png")
     Image.fromarray(np.zeros((30, 20, 3), np.uint8)).save(picture)
     guesses = tmp_path / "guesses.json"
     arguments = ["--labels", "red circle,[/red]", str(picture), "--json", str(guesses)]

@@ -228,7 +228,7 @@ def test_a_locked_tower_with_layer_decay_keeps_its_weights_and_its_features(
         if name.startswith("image."):
             assert torch.equal(before[name], after[name]) and torch.equal(before[name], half[name]), name
     assert not torch.equal(before["text.projection.weight"], after["text.projection.weight"])
-    assert list((folder / "features").glob("*/*.npy"))
+    assert list((folder / "features").glob("*/*.safetensors"))
     optimizer = last(folder, "optimizer")
     assert not any(".image." in name for name in optimizer)
 

@@ -357,7 +357,8 @@ def test_passes_and_flops_of_the_step_are_those_of_the_document(keep: int, mode:
     forward = first + last
     assert towers["image"].rows == (2 - kept) * rows
     assert towers["text"].rows == rows
-    lanes = found - 4 * 2 * rows * rows * width
+    seen = 2 * 2 * rows * rows * width  # how each lane's embeddings spread, for the log
+    lanes = found - 4 * 2 * rows * rows * width - seen
     trained = (4 - kept) * forward - first  # the first layer's input needs no gradient
     again = first if mode == "block" else 0  # the block's last product is not needed again
     assert lanes == (trained + again + forward) * rows

@@ -58,7 +58,7 @@ def written_by(rank: int, world: int, folder: str, output: str, workers: int) ->
 @pytest.mark.parametrize("workers", [0, 1])
 def test_every_one_of_three_processes_writes_the_very_bytes_that_one_alone_does(tmp_path: Path, workers: int) -> None:
     folder = str(sets_of(tmp_path / "sets"))
-    written_by(0, 1, folder, str(tmp_path / "alone"), 0)
+    ranks.run_ranks(written_by, 1, folder, str(tmp_path / "alone"), 0)  # with as many threads
     ranks.run_ranks(written_by, 3, folder, str(tmp_path / "three"), workers)
     for batch_size in (7, 256):
         alone = tmp_path / "alone" / f"{batch_size}-0"
