@@ -177,14 +177,18 @@ class Cache:
     def _held(self) -> dict[Path, tuple[int, int]]:
         """Of each file, the bytes that it takes or will take, and when it was used."""
         held = {}
-        for path in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                status = path.stat()
-                if path.suffix == ".part" and time.time() - status.st_ctime > _STALE_SECONDS:
-                    path.unlink()
-                elif path.suffix in (".tar", ".part"):
-                    size = int(path.name.split(".")[1]) if path.suffix == ".part" else status.st_size
-                    held[path] = (size, status.st_atime_ns)
+        for listed in self.folder.iterdir():
+            # One that became whole since it was listed is there by its other name.
+            whole = [listed.with_name(listed.name.partition(".")[0] + ".tar")] if listed.suffix == ".part" else []
+            for path in (listed, *whole):
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.stat()
+                    if path.suffix == ".part" and time.time() - status.st_ctime > _STALE_SECONDS:
+                        path.unlink()
+                    elif path.suffix in (".tar", ".part"):
+                        size = int(path.name.split(".")[1]) if path.suffix == ".part" else status.st_size
+                        held[path] = (size, status.st_atime_ns)
+                    break
         return held
 
     @contextlib.contextmanager
