@@ -19,6 +19,8 @@ from triscale.models.prompts import fill_templates
 CLASSIFICATION, RETRIEVAL, PROBE = "wds_classification", "wds_retrieval", "wds_probe"
 CAPTIONS = 3
 """Captions of each image of the retrieval set."""
+VALIDATION = 5
+"""Of so many images of the probe, one is for validation."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def write_sets(data: Path, folder: Path, side: int) -> None:
 
     Images are PNG files of `side` by `side` pixels. Classes of one name are one, as we count them, where CLIP_benchmark
     counts two. The retrieval set has the first image of each class, captioned by its first prompts. The probe learns
-    from the images of `data`/train; its classes are the `category` of the .json sidecars there, or else the classes.
+    from the images of `data`/train, of which every fifth is for validation; its classes are the `category` of the .json
+    sidecars there, or else the classes themselves.
     """
     val = open_set(str(data / "wds_val"))
     tested = list(_squares(val, side))
@@ -77,14 +80,15 @@ def _write_probe(folder: Path, val: EvaluationSet, train: Sequence[Sample], test
     for sample in train:
         found = json.loads(sample.metadata or b"{}").get("category")
         category[_label(sample)] = found or category[_label(sample)]
-    names = sorted({category[_label(sample)] for sample in train})
+    learnt = [sample for number, sample in enumerate(train) if number % VALIDATION]
+    names = sorted({category[_label(sample)] for sample in learnt})  # neither side knows any other
 
     def renamed(samples: Sequence[Sample]) -> list[Sample]:
         known = [sample for sample in samples if category[_label(sample)] in names]
         return [replace(each, label=str(names.index(category[_label(each)])).encode()) for each in known]
 
-    for split, samples in (("train", renamed(train)), ("test", renamed(tested))):
-        # Keys of two shards may be the same.
+    splits = {"train": renamed(learnt), "val": renamed(train[::VALIDATION]), "test": renamed(tested)}
+    for split, samples in splits.items():  # keys of two shards may be the same
         write_split(folder, split, [replace(each, key=f"{number:06d}") for number, each in enumerate(samples)])
     for name, lines in (("classnames", names), ("zeroshot_classification_templates", ["{c}"])):
         (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
