@@ -13,20 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from commands import call
 from triscale.arguments import parse_recipe
-from triscale.cli import main
 from triscale.config import Phases, RunConfig
 from triscale.models.presets import PRESETS
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a command, in this process."""
-    try:
-        status = main(list(arguments))
-    except SystemExit as exit_:
-        status = int(exit_.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 @pytest.mark.alone

@@ -12,22 +12,13 @@ import pytest
 from PIL import Image
 
 import toy_sets
+from commands import call
 from triscale.cli import main
 from triscale.data.pack import pack_scenes
 
 NO_RUN = "/nowhere"
 COLOURS = {"red circle": (220, 30, 30), "blue square": (30, 30, 220), "green triangle": (30, 200, 30)}
 HOSTILE = ("[/red]<script>", "b" * 10_000, "a\N{RIGHT-TO-LEFT OVERRIDE}b")
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a command, in this process."""
-    try:
-        status = main(list(arguments))
-    except SystemExit as exit_:
-        status = int(exit_.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from commands import call
 from report_records import classified, predictions
-from triscale.cli import main
 from triscale.config import Phases, RunConfig, to_dict
 from triscale.evaluation.predictions import predictions_file
 from triscale.evaluation.suite import Evaluation, Results, write_evaluation
@@ -52,15 +52,6 @@ def evaluate(folder: Path, *, seed: int = 0, right: float = 0.7) -> Path:
     results = Results(sets=sets, shift_mean=float(sets["sketch"]["top1"]), drop=0.1)
     write_evaluation(folder, Evaluation(results=results, predictions=found, matches={}))
     return folder
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    try:
-        status = main(list(arguments))
-    except SystemExit as exit_:
-        status = int(exit_.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def test_a_page_is_made_again_from_the_folder_with_pictures_of_its_sets(
