@@ -32,7 +32,9 @@ from triscale.training.settings import (
 )
 
 LANES = ("image", "text")
-"""Of a run on pairs; see `lanes`."""
+"""Of a run on pairs."""
+LANES_OF: Mapping[str, tuple[str, ...]] = {"info_nce": LANES, "sigmoid": LANES, "classification": ("image",)}
+"""A loss's name to the lanes of the runs that it trains. All but "text" take images."""
 
 MAY_CHANGE = (
     "run.",
@@ -113,8 +115,8 @@ class Phases:
 
 
 def lanes(config: RunConfig) -> tuple[str, ...]:
-    """The towers that a run trains: classification has no text."""
-    return LANES[:1] if config.loss.name == "classification" else LANES
+    """The lanes of a run's step, which follow from its loss."""
+    return LANES_OF[config.loss.name]
 
 
 T = TypeVar("T")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -55,11 +55,12 @@ def make_model(config: RunConfig, vocabulary: int, classes: Tensor | None = None
     with seeded(derive_seed("weights", config.seed), torch.device("cpu")):
         model = _build(config, vocabulary)
     freeze(model.towers(), config.train.frozen)
+    return model, LOSSES[config.loss.name](config, classes)
+
+
+def _pair_loss(config: RunConfig, classes: Tensor | None) -> ContrastiveLoss:
     settings = config.loss
-    if settings.name == "classification":
-        assert classes is not None
-        return model, SoftmaxClassifier(config.model.embedding, classes, label_smoothing=settings.label_smoothing)
-    loss = PAIR_LOSSES[settings.name](
+    return PAIR_LOSSES[settings.name](
         config.batch.size,
         tiled=settings.tiled,
         logit_scale=settings.logit_scale,
@@ -69,7 +70,18 @@ def make_model(config: RunConfig, vocabulary: int, classes: Tensor | None = None
         skip_negligible=settings.skip_negligible,
         learn_temperature=settings.learn_scale,
     )
-    return model, loss
+
+
+def _classifier(config: RunConfig, classes: Tensor | None) -> SoftmaxClassifier:
+    assert classes is not None
+    return SoftmaxClassifier(config.model.embedding, classes, label_smoothing=config.loss.label_smoothing)
+
+
+LOSSES: Mapping[str, Callable[[RunConfig, Tensor | None], Loss]] = {
+    **dict.fromkeys(PAIR_LOSSES, _pair_loss),
+    "classification": _classifier,
+}
+"""A loss's name to what makes it from the config and, where it is of classes, their ids."""
 
 
 def prepare_towers(config: RunConfig, towers: Mapping[str, nn.Module]) -> None:

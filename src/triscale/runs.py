@@ -19,6 +19,7 @@ from triscale.before_after import compare, guard_watch, is_compared, is_current,
 from triscale.config import RunConfig, lanes
 from triscale.data.distinct import DistinctOrder
 from triscale.data.quarantine import Quarantine
+from triscale.data.rows import lane_inputs
 from triscale.data.unchanged import describe_sources, require_unchanged
 from triscale.evaluation.guard import GuardWatch
 from triscale.evaluation.suite import evaluate
@@ -157,8 +158,7 @@ def _make_step(run: Run) -> ContrastiveStep:
     if not step.plans:
         probe = run.reader(range(memory.PROBE_ROWS))
         # Full rows of tokens: a text tower that skips padding takes its most memory on them.
-        inputs = {"image": probe.images, "text": probe.tokens.clamp(min=1)}
-        inputs = {lane: inputs[lane] for lane in lanes(run.config)}
+        inputs = lane_inputs(replace(probe, tokens=probe.tokens.clamp(min=1)), lanes(run.config))
         step.plans = step.resolve(inputs, rows=len(distributed.rows_of(run.config.batch.size)))
         _write_resolved(run, step)
     else:

@@ -9,6 +9,7 @@ from functools import partial
 
 from triscale.assembly import make_reader, make_tokenizer, open_training_data
 from triscale.config import RunConfig, lanes
+from triscale.data.rows import lane_inputs
 from triscale.errors import RunError, UsageError
 from triscale.model_assembly import compile_towers, make_model, prepare_towers, step_batch_norm
 from triscale.training.settings import parse_per_lane
@@ -46,11 +47,10 @@ def verify_run(config: RunConfig) -> dict[str, float]:
         noisy = replace(config, model=replace(config.model, dropout=dropout))
         model, loss = make_model(noisy, vocabulary, classes)
     compile_towers(config, model.towers())  # both sides: compiled towers draw other random numbers than bare ones
-    columns = {"image": batch.images, "text": batch.tokens}
     return verify(
         model.towers(),
         loss,
-        {lane: columns[lane] for lane in lanes(config)},
+        lane_inputs(batch, lanes(config)),
         batch.ids,
         micro_batch={lane: min(size, math.ceil(rows / 3)) for lane, size in sizes.items()},
         batch_norm=step_batch_norm(config),

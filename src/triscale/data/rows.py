@@ -71,6 +71,11 @@ class Batch:
     """Samples that were found bad and replaced while these rows were made, in order."""
 
 
+def lane_inputs(batch: Batch | StreamedBatch, lanes: Sequence[str]) -> dict[str, Tensor | RowView]:
+    """What each of the `lanes` takes of a batch: "text" its tokens, all others its images."""
+    return {lane: batch.tokens if lane == "text" else batch.images for lane in lanes}
+
+
 class BatchReader:
     """Makes the rows of any positions, as a pure function of (seed, positions). May be pickled to worker processes.
 

@@ -15,7 +15,7 @@ import torch
 
 from triscale import distributed
 from triscale.data.quarantine import BadRecord, Quarantine, gather_records
-from triscale.data.rows import Batch, StreamedBatch
+from triscale.data.rows import Batch, StreamedBatch, lane_inputs
 from triscale.errors import LostProcess, RunError
 from triscale.training.log import RunLog
 from triscale.training.optim import clip_gradients
@@ -99,7 +99,7 @@ def train(
 
     Args:
         step: the `ContrastiveStep`; every `.grad` is None. Where it raises, towers and loss must be as they were.
-        lanes: of the step, "image" and "text" or one of them.
+        lanes: of the step; see `lane_inputs`.
         optimizer: over all trainable parameters, in `optim.parameter_groups`.
         schedule: steps done -> learning rate of the next one.
         batches: this rank's rows of the batches from position start_step * batch_size on.
@@ -165,8 +165,7 @@ def _next_step(
     began = time.perf_counter()
     batch = _next_batch(batches, device)
     waited = time.perf_counter() - began
-    columns = {"image": batch.images, "text": batch.tokens}
-    out = step({lane: columns[lane] for lane in lanes}, ids=batch.ids)
+    out = step(lane_inputs(batch, lanes), ids=batch.ids)
     # A streamed batch was read within the step, and knows its bad samples only now.
     if isinstance(batch, StreamedBatch):
         waited += batch.seconds_waited
