@@ -19,8 +19,8 @@ errors randomness distributed
 pages: __init__ style html axes charts plots
 data: __init__ settings samples unchanged permutation shuffle order distinct paths entries tar files shard_index shards
 data: cache remote headers crop resize decode augment lists captions text tokenizer named_tokenizers folders tables
-data: csv_rows parquet hub drawing scene_words scenes sources quarantine processes workers indexing stats stats_page
-data: canvases images rows ids loader features subset mixture pack
+data: csv_rows parquet hub inert_pickle torchvision_files drawing scene_words scenes sources quarantine processes
+data: workers indexing stats stats_page canvases images rows ids loader features subset mixture pack
 models: __init__ settings presets normalisation coatnet image text hf_text projection dual_encoder prompts
 models: clip_towers interop open_clip_rules interop_open_clip interop_hf weights
 losses: tiles columns negligible positives sweeps kernels launch cuda_sweeps
@@ -28,7 +28,7 @@ losses: dense tiled contrastive info_nce sigmoid nt_xent classification __init__
 training: __init__ settings host_memory collapse parallel memory plan recovery remat batch_norm compilation staging lane
 training: step lockstep verify schedule adafactorw lars optim tensor_file checkpoint ema starvation log history loop
 training: frozen initial interpolation
-evaluation: __init__ settings sets sidecars inert_pickle torchvision_files prompts places layouts truth datasets
+evaluation: __init__ settings sets sidecars prompts places layouts truth datasets
 evaluation: encoder array_file predictions metrics zeroshot ranking matches retrieval robustness suite tables details
 evaluation: guard picture record compare thumbnails report_scores report_training report_sets report_retrieval report
 evaluation: features labels probe_rows knn linear_probe few_shot probe

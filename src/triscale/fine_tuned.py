@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +18,9 @@ from triscale.config import RunConfig
 from triscale.data.captions import CaptionRules, sample_id
 from triscale.data.lists import quote
 from triscale.data.mixture import open_mixture
-from triscale.data.paths import split_patterns
 from triscale.data.samples import Sample
 from triscale.data.settings import AugmentSettings, DataSettings, SubsetSettings
-from triscale.data.sources import needs_root, split_kind
+from triscale.data.sources import absolute, split_kind
 from triscale.errors import UsageError
 from triscale.evaluation.knn import ranks
 from triscale.evaluation.labels import LabelledSource
@@ -88,6 +86,8 @@ def training_spec(spec: str, root: str, labelled: LabelledSource) -> str:
         return spec.partition(" classes=")[0]
     if opened.right_labels is not None or spec.startswith("scenes:"):
         raise UsageError(f"--finetune: {quote(spec)} cannot be trained on: name a source of data.train (docs/data.md)")
+    if split_kind(spec)[0]:
+        return spec
     return f"{spec}/test/*.tar" if Path(root, spec, SHARD_COUNT_FILE).exists() else f"classes:{spec}"
 
 
@@ -195,16 +195,6 @@ def class_id(label: int) -> int:
     return sample_id(Sample(key="", image=b"", label=str(label).encode()), rules, "")
 
 
-def _absolute(spec: str) -> str:
-    """A training source by absolute paths, as runs want it that are told no root."""
-    if not needs_root(spec):
-        return spec
-    kind, rest = split_kind(spec)
-    paths = [rest] if kind in ("folder", "classes") else split_patterns(rest, "")
-    whole = " ".join(os.path.abspath(path) for path in paths)
-    return f"{kind}:{whole}" if kind else whole
-
-
 def part_of(spec: str, root: str, columns: Sequence[str], subset: SubsetSettings) -> int:
     """How many samples a part of a source has."""
     return len(open_mixture(DataSettings(root=root, columns=tuple(columns), train=(f"{spec} {subset}",))))
@@ -240,7 +230,7 @@ def probe_fine_tuned(
     """
     train = sets[TRAIN].opened
     source = training_spec(spec, root, train)
-    source = source if root else _absolute(source)
+    source = source if root else absolute(source)  # runs want a root otherwise
     found: list[Result] = []
     for fraction in fractions:
         subset = SubsetSettings(fraction=fraction, seed=how.seed)

@@ -76,13 +76,13 @@ class DataSettings:
     """Training sources, each "scenes"; tar shards, CSV or Parquet files below `root` as paths, globs or brace ranges,
     separated by spaces ("train/*.tar", "{00..12}.tar", "pairs.csv", "*.parquet"); tar shards as URLs or globs of them
     ("s3://bucket/*.tar"; these need window_shards); "folder:DIR" of images with KEY.txt beside them; "classes:DIR" of
-    class folders; "hf:NAME[/CONFIG][:SPLIT]", a Hugging Face data set. See docs/data.md. What is of one source alone
-    stands behind it: "photos/*.tar weight=2 classes=photos/classnames.txt templates=clip". weight: its share of the
-    draws (every source has one, or none: in proportion to their samples). fields, ids: as caption_fields, with commas,
-    and ids. classes: a file whose line k names class k; captions are then "cls", the name of the sample's class, unless
-    fields says otherwise. templates: "clip", a file with a template a line, or "none". fraction, per_class: a part of
-    a labelled source alone, such as fraction=0.01 of every class's samples or per_class=10 of them; which ones, says
-    subset_seed.
+    class folders; "hf:NAME[/CONFIG][:SPLIT]", a Hugging Face data set; "torchvision:NAME/SPLIT:DIR", what torchvision
+    has left on the disk. See docs/data.md. What is of one source alone stands behind it: "photos/*.tar weight=2
+    classes=photos/classnames.txt templates=clip". weight: its share of the draws (every source has one, or none: in
+    proportion to their samples). fields, ids: as caption_fields, with commas, and ids. classes: a file whose line k
+    names class k; captions are then "cls", the name of the sample's class, unless fields says otherwise. templates:
+    "clip", a file with a template a line, or "none". fraction, per_class: a part of a labelled source alone, such as
+    fraction=0.01 of every class's samples or per_class=10 of them; which ones, says subset_seed.
     """
     columns: tuple[str, ...] = ()
     """Columns of tables: "image=NAME", "caption=NAME" (several: all are candidates), "label=NAME". Usual names such as

@@ -9,6 +9,7 @@
 | `folder:DIR` | images with KEY.txt, .json, .cls beside them, at any depth |
 | `classes:DIR` | one folder a class, its name the caption |
 | `hf:NAME[/CONFIG][:SPLIT]` | a Hugging Face data set, of a folder (`save_to_disk`) or of the hub |
+| `torchvision:NAME/SPLIT:DIR` | what torchvision has left on the disk: cifar10/train, stl10/unlabeled, ... |
 
 A file of another extension is named with its kind before it: `tar:FILE`, `csv:FILE`, `parquet:FILE`.
 """
@@ -26,11 +27,12 @@ from triscale.data.paths import describe_folder, matching_files, split_patterns
 from triscale.data.samples import Source
 from triscale.data.scenes import Scenes
 from triscale.data.shards import open_shards
+from triscale.data.torchvision_files import open_torchvision
 from triscale.errors import UsageError
 
 EXPECTED = (
     'tar shards ("train/*.tar"), tables ("*.csv", "*.tsv", "*.parquet"), "folder:DIR" of images with captions beside '
-    'them, "classes:DIR" of class folders, "hf:NAME", or "scenes"'
+    'them, "classes:DIR" of class folders, "hf:NAME", "torchvision:NAME/train:DIR", or "scenes"'
 )
 
 Open = Callable[[str, str, Sequence[str]], Source]
@@ -76,11 +78,26 @@ def has_columns(spec: str, root: str) -> bool:
 
 def needs_root(spec: str) -> bool:
     """Whether what `spec` names lies relative to a root."""
-    kind, rest = split_kind(spec)
-    if kind in ("scenes", "hf") or is_remote(spec):
+    if split_kind(spec)[0] in ("scenes", "hf") or is_remote(spec):
         return False
-    paths = [rest] if kind in ("folder", "classes") else split_patterns(rest, "")
-    return not all(os.path.isabs(path) for path in paths)
+    return not all(os.path.isabs(path) for path in _split_paths(spec)[1])
+
+
+def absolute(spec: str) -> str:
+    """`spec` by absolute paths."""
+    if not needs_root(spec):
+        return spec
+    before, paths = _split_paths(spec)
+    return before + " ".join(os.path.abspath(path) for path in paths)
+
+
+def _split_paths(spec: str) -> tuple[str, list[str]]:
+    """The paths in `spec` and what stands before them."""
+    kind, rest = split_kind(spec)
+    if kind == "torchvision":
+        name, _, folder = rest.partition(":")
+        return f"{kind}:{name}:", [folder]
+    return f"{kind}:" if kind else "", [rest] if kind in ("folder", "classes") else split_patterns(rest, "")
 
 
 def _kind_of_files(spec: str, root: str) -> str:
@@ -135,6 +152,13 @@ def _open_classes(rest: str, root: str, columns: Sequence[str]) -> Source:
     return ClassFolders(os.path.join(root, rest), f"classes:{rest}")
 
 
+def _open_torchvision(rest: str, root: str, columns: Sequence[str]) -> Source:
+    name, colon, folder = rest.partition(":")
+    if colon and "/" not in name:  # which evaluation takes, and a run should not by mistake
+        raise UsageError(f"torchvision:{rest} is of test images: write torchvision:{name}/train:{folder}")
+    return open_torchvision(rest, root)
+
+
 KINDS: dict[str, Open] = {
     "scenes": _open_scenes,
     "tar": _open_tar,
@@ -143,6 +167,7 @@ KINDS: dict[str, Open] = {
     "folder": _open_folder,
     "classes": _open_classes,
     "hf": open_hub,
+    "torchvision": _open_torchvision,
 }
 """Kind of source to what opens it: from what stands behind the kind, the root, and the columns of tables."""
 EXTENSIONS = {".tar": "tar", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet"}

@@ -17,10 +17,10 @@ from triscale.data.samples import NamesLabels, Source
 from triscale.data.scenes import CLASSNAMES, SPLITS, TEMPLATES, Scenes
 from triscale.data.shards import open_shards
 from triscale.data.sources import has_columns, open_source
+from triscale.data.torchvision_files import open_torchvision
 from triscale.errors import UsageError
 from triscale.evaluation.places import RemoteSet, local_files, local_shards, remote_files, remote_set
 from triscale.evaluation.sidecars import LEVELS_FILE, MAPPING_FILE, RIGHT_LABELS_FILE, SLICES_FILE, SmallFile
-from triscale.evaluation.torchvision_files import open_torchvision
 
 CLASSNAMES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"

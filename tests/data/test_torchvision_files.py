@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from triscale.data.inert_pickle import InertArray, Span, read_inert_pickle
+from triscale.data.sources import absolute, needs_root, open_source
 from triscale.errors import UsageError
 from triscale.evaluation.datasets import open_set
-from triscale.evaluation.inert_pickle import InertArray, Span, read_inert_pickle
 
 NAMES = [f"thing {number}" for number in range(10)]
 
@@ -110,6 +111,31 @@ def test_stl10_is_read_by_columns(tmp_path: Path) -> None:
     opened = open_set("torchvision:stl10:.", str(tmp_path))
     assert [opened.read(index).labels for index in range(3)] == [(9,), (0,), (1,)]
     np.testing.assert_array_equal(opened.read(2).image, pixels[2].transpose(2, 1, 0))
+
+
+def test_stl10s_unlabelled_images_can_be_trained_on_but_not_scored(tmp_path: Path) -> None:
+    folder, pixels = tmp_path / "stl10_binary", images(3, (3, 96, 96))
+    folder.mkdir()
+    (folder / "unlabeled_X.bin").write_bytes(pixels.tobytes())
+    (folder / "class_names.txt").write_text("\n".join(NAMES))
+    source = open_source("torchvision:stl10/unlabeled:.", str(tmp_path))
+    sample = source.read(2)
+    assert (len(source), sample.label, sample.text) == (3, None, None)
+    np.testing.assert_array_equal(sample.image, pixels[2].transpose(2, 1, 0))
+    (folder / "test_X.bin").write_bytes(pixels.tobytes())
+    (folder / "test_y.bin").write_bytes(bytes(3))
+    with pytest.raises(UsageError, match="count from 1"):
+        open_set("torchvision:stl10:.", str(tmp_path))
+
+
+def test_training_takes_the_split_that_is_named_and_its_class_names_as_captions(tmp_path: Path) -> None:
+    write_cifar10(tmp_path, images(30, (3, 32, 32)), [number % 10 for number in range(30)])
+    source = open_source("torchvision:cifar10/test:", str(tmp_path))
+    assert (source.name, source.read(7).text) == ("torchvision:cifar10/test", b"thing 7")
+    with pytest.raises(UsageError, match="is of test images: write torchvision:cifar10/train:here"):
+        open_source("torchvision:cifar10:here", str(tmp_path))
+    assert needs_root("torchvision:cifar10/test:here") and not needs_root(f"torchvision:cifar10/test:{tmp_path}")
+    assert absolute("torchvision:cifar10/test:here") == f"torchvision:cifar10/test:{Path('here').absolute()}"
 
 
 def write_mnist(root: Path, pixels: np.ndarray, labels: bytes, folder: str = "FashionMNIST") -> Path:

@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 
 from triscale.data.files import OPEN_FILES, Recent, open_unchanged
+from triscale.data.inert_pickle import MAX_PICKLE_BYTES, InertArray, read_inert_pickle
 from triscale.data.lists import quote, read_classnames, read_small
 from triscale.data.samples import Sample
 from triscale.data.tar import ReadOnlyFile
 from triscale.errors import UsageError
-from triscale.evaluation.inert_pickle import MAX_PICKLE_BYTES, InertArray, read_inert_pickle
 
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 KUZUSHIJI = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 DIGITS = tuple("0123456789")
+NO_LABEL = -1
+SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class Block:
     stride: int
     """Bytes from an image to the next."""
     labels: np.ndarray
+    """Of every image; all are NO_LABEL where the split has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,8 @@ COLUMN_PLANES = Pixels(shape=(3, 96, 96), axes=(2, 1, 0))
 
 class RawImages:
     """Uncompressed images in files. May be pickled to worker processes. A sample's key is "FILE#NUMBER", from 0.
+
+    Its caption is the name of its class.
 
     Args:
         name: what reports call this source.
@@ -83,7 +88,7 @@ class RawImages:
         if len(block.labels) and block.offset + (len(block.labels) - 1) * block.stride + self._bytes > file.size:
             raise UsageError(f"{quote(str(block.path))}: cut off, it holds less than {len(block.labels)} images")
         wrong = np.flatnonzero((block.labels < 0) | (block.labels >= len(self.classnames)))
-        if wrong.size:
+        if wrong.size and not (block.labels == NO_LABEL).all():
             raise UsageError(
                 f"{quote(str(block.path))}: label {int(block.labels[wrong[0]])} of image {int(wrong[0])} is out of "
                 f"range; {len(self.classnames)} class names count from 0"
@@ -106,7 +111,10 @@ class RawImages:
             data = self._files[number].read(block.offset + row * block.stride, self._bytes)
             pixels = np.frombuffer(data, np.uint8).reshape(self._pixels.shape).transpose(self._pixels.axes)
             content = np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
-        return Sample(key=f"{block.path.name}#{row}", image=content, label=str(int(block.labels[row])).encode())
+        key, label = f"{block.path.name}#{row}", int(block.labels[row])
+        if label == NO_LABEL:
+            return Sample(key=key, image=content)
+        return Sample(key=key, image=content, text=self.classnames[label].encode(), label=str(label).encode())
 
     def _place(self, index: int) -> tuple[int, int]:
         """Number of the block that image `index` lies in, and its number there."""
@@ -120,14 +128,15 @@ def open_torchvision(rest: str, root: str) -> RawImages:
     """Open a data set that torchvision has left on the disk.
 
     Args:
-        rest: "NAME:DIR" or "NAME/train:DIR", DIR being what torchvision calls root, relative to `root`.
+        rest: "NAME:DIR", of the test images, or "NAME/train:DIR", DIR being what torchvision calls root, relative to
+            `root`. STL-10 has "stl10/unlabeled:DIR" besides.
 
     Raises:
         UsageError: no such data set is known, it is not there, or damaged.
     """
     named, colon, folder = rest.partition(":")
     name, slash, split = named.partition("/")
-    if name not in SETS or not colon or split not in (("train", "test") if slash else ("",)):
+    if name not in SETS or not colon or (slash and split not in (*SPLITS, *MORE_SPLITS.get(name, ()))):
         raise UsageError(
             f"torchvision:{quote(rest)}: write torchvision:NAME:DIR or torchvision:NAME/train:DIR, NAME one of "
             f"{', '.join(SETS)}; for a folder of class folders name the folder itself"
@@ -135,12 +144,12 @@ def open_torchvision(rest: str, root: str) -> RawImages:
     where = Path(root, folder)
     if not where.is_dir():
         raise UsageError(f"torchvision:{named}: there is no folder {quote(str(where))}")
-    return SETS[name](f"torchvision:{named}", where, split == "train")
+    return SETS[name](f"torchvision:{named}", where, split or "test")
 
 
-def _cifar(name: str, root: Path, train: bool, *, classes: int) -> RawImages:
+def _cifar(name: str, root: Path, split: str, *, classes: int) -> RawImages:
     """CIFAR-10 or -100, from the pickled or the binary form, whichever is there."""
-    pickled, binary, batches = _CIFAR[classes][0], _CIFAR[classes][1], _CIFAR[classes][2 if train else 3]
+    pickled, binary, batches = _CIFAR[classes][0], _CIFAR[classes][1], _CIFAR[classes][2 + SPLITS.index(split)]
     if (root / pickled).is_dir():
         meta, key, labels = _CIFAR_KEYS[classes]
         names = read_inert_pickle(root / pickled / meta).get(key)
@@ -193,16 +202,22 @@ def _binary_block(path: Path, label_bytes: int) -> Block:
     return Block(path=path, offset=label_bytes, stride=stride, labels=records[:, label_bytes - 1].astype(np.int64))
 
 
-def _stl10(name: str, root: Path, train: bool) -> RawImages:
-    folder, split = root / "stl10_binary", "train" if train else "test"
-    labels = np.frombuffer(read_small(folder / f"{split}_y.bin"), np.uint8).astype(np.int64) - 1
-    block = Block(path=folder / f"{split}_X.bin", offset=0, stride=3 * 96 * 96, labels=labels)
+def _stl10(name: str, root: Path, split: str) -> RawImages:
+    folder, stride = root / "stl10_binary", 3 * 96 * 96
+    path = folder / f"{split}_X.bin"
+    if split in SPLITS:
+        labels = np.frombuffer(read_small(folder / f"{split}_y.bin"), np.uint8).astype(np.int64) - 1
+        if (labels == NO_LABEL).any():
+            raise UsageError(f"{quote(str(folder / f'{split}_y.bin'))}: a label is 0, and they count from 1")
+    else:
+        labels = np.full(_open(path).size // stride, NO_LABEL)
+    block = Block(path=path, offset=0, stride=stride, labels=labels)
     return RawImages(name, [block], COLUMN_PLANES, read_classnames(folder / "class_names.txt"))
 
 
-def _idx(name: str, root: Path, train: bool, *, folder: str, classnames: tuple[str, ...]) -> RawImages:
+def _idx(name: str, root: Path, split: str, *, folder: str, classnames: tuple[str, ...]) -> RawImages:
     """Images and labels in MNIST's own form (yann.lecun.com/exdb/mnist): a header of big-endian numbers, then bytes."""
-    prefix = str(root / folder / "raw" / ("train" if train else "t10k"))
+    prefix = str(root / folder / "raw" / ("train" if split == "train" else "t10k"))
     images, labels = Path(f"{prefix}-images-idx3-ubyte"), read_small(Path(f"{prefix}-labels-idx1-ubyte"))
     header = _open(images).read(0, min(16, _open(images).size))
     if len(header) < 16 or len(labels) < 8:
@@ -229,7 +244,7 @@ def _open(path: Path) -> ReadOnlyFile:
         raise UsageError(f"{quote(str(path))}: {error.strerror or 'cannot be read'}") from error
 
 
-SETS: dict[str, Callable[[str, Path, bool], RawImages]] = {
+SETS: dict[str, Callable[[str, Path, str], RawImages]] = {
     "cifar10": partial(_cifar, classes=10),
     "cifar100": partial(_cifar, classes=100),
     "stl10": _stl10,
@@ -237,4 +252,6 @@ SETS: dict[str, Callable[[str, Path, bool], RawImages]] = {
     "fashion-mnist": partial(_idx, folder="FashionMNIST", classnames=FASHION),
     "kmnist": partial(_idx, folder="KMNIST", classnames=KUZUSHIJI),
 }
-"""Name to what opens it: from the source's name, torchvision's root, and whether the training images are meant."""
+"""Name to what opens it: from the source's name, torchvision's root, and the split."""
+MORE_SPLITS = {"stl10": ("unlabeled",)}
+"""Beside `SPLITS`."""
