@@ -31,7 +31,7 @@ from triscale.data.remote import RemoteShards, open_remote_shards, shard_counts
 from triscale.data.rows import BatchReader
 from triscale.data.samples import Source
 from triscale.data.settings import DataSettings
-from triscale.data.shards import open_shards
+from triscale.data.shards import ShardSource, open_shards
 from triscale.errors import RunError, UsageError
 from web import Web, served
 
@@ -191,6 +191,29 @@ def test_a_file_that_is_removed_while_it_is_wanted_is_fetched_again(shards: Path
         assert fresh.read(6).text == b"picture 6"
         assert path.stat().st_mtime_ns == stamp
         assert again.read(7).text == b"picture 7"
+
+
+def test_a_file_that_is_removed_before_it_is_opened_is_fetched_again(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed: list[Path] = []
+
+    def open_late(path: Path, *, name: str) -> ShardSource:
+        if len(removed) < most:
+            removed.append(path)
+            path.unlink()
+        return open_shards(path, name=name)
+
+    monkeypatch.setattr(remote, "open_shards", open_late)
+    with served(shards) as web:
+        most = 3
+        assert opened(web, tmp_path / "cache").read(0).text == b"picture 0"
+        most = 100
+        with pytest.raises(OSError, match="raise --data.cache-gib"):
+            opened(web, tmp_path / "other").read(0)
+        monkeypatch.setattr(remote, "open_shards", lambda path, name: open_shards(path.with_name("no.tar"), name=name))
+        with pytest.raises(RunError, match="no.tar"):  # it is there, so nothing is gained by fetching it again
+            opened(web, tmp_path / "third").read(0)
 
 
 def test_a_later_run_asks_once_whether_a_file_is_still_the_servers(tmp_path: Path) -> None:

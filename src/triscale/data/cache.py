@@ -29,6 +29,8 @@ _STALE_SECONDS = 6 * 3600
 """A part that nothing was written to for so long was left behind by a process that died."""
 _LOCKS = 4096
 _MAX_STAMP_BYTES = 64 * 2**10
+GONE_TRIES = 8
+"""So often a file is fetched that is gone again before it is used."""
 _MISSING_TRIES = 3
 """So often a file is asked for that is not there: fsspec says so of web servers that did not answer, too."""
 _MISSING = (FileNotFoundError, PermissionError, IsADirectoryError)
@@ -74,6 +76,26 @@ class Cache:
                 if not self._use(url, path):
                     self._fetch(url, path, keep)
         return path
+
+    def opened(self, url: str, open_file: Callable[[Path], Done], keep: Sequence[str] = ()) -> Done:
+        """What `open_file` makes of the file of `url`, which is fetched again where it was gone by then.
+
+        Raises:
+            RunError: as `get`.
+            OSError: it is gone each time.
+        """
+        for _ in range(GONE_TRIES):
+            path = self.get(url, keep)
+            try:
+                return open_file(path)
+            except (UsageError, RunError, OSError):
+                if path.exists():
+                    raise
+        raise self.too_small(url)
+
+    def too_small(self, url: str) -> OSError:
+        """What to raise where the file of `url` is gone whenever it is wanted."""
+        return OSError(f"{url} is removed from the cache as soon as it is there: raise --data.cache-gib")
 
     def prefetch(
         self, url: str, keep: Sequence[str], reserved: Callable[[], None], *, wait: bool

@@ -10,13 +10,14 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 
 import fsspec
 import numpy as np
 from jaxtyping import Int64
 
-from triscale.data.cache import RETRY_SECONDS, Cache
+from triscale.data.cache import GONE_TRIES, RETRY_SECONDS, Cache
 from triscale.data.paths import expand_braces
 from triscale.data.samples import Sample
 from triscale.data.shard_index import (
@@ -36,7 +37,6 @@ PLANNED_SHARDS = 1024
 FETCHERS = 4
 """Threads of each process that fetch ahead."""
 _OPEN_SHARDS = 256
-_GONE_TRIES = 8
 
 
 class UnknownCount(UsageError):
@@ -97,14 +97,14 @@ class RemoteShards:
         """
         number = int(np.searchsorted(self._ends, index, side="right"))
         within = index - int(self._ends[number] - self._counts[number])
-        for _ in range(_GONE_TRIES):
+        for _ in range(GONE_TRIES):
             shard = self._shard(number)
             try:
                 return shard.read(within, image=image)
             except FileNotFoundError:  # another process needed its room
                 with self._lock:
                     self._open.pop(number, None)
-        raise OSError(f"{self.urls[number]} is removed from the cache as soon as it is there: raise --data.cache-gib")
+        raise self.cache.too_small(self.urls[number])
 
     def expect(self, shards: Iterator[int]) -> None:
         """Fetch ahead `shards`, which come in order of need, as far as the cache has room. Returns at once."""
@@ -149,9 +149,8 @@ class RemoteShards:
 
     def _fetched(self, number: int) -> ShardSource:
         url, keep = self.urls[number], [self.urls[shard] for shard in self._planned]
-        path = self.cache.get(url, keep)
         try:
-            shard = open_shards(path, name=url)
+            shard = self.cache.opened(url, partial(open_shards, name=url), keep)
         except UsageError as error:
             raise RunError(f"{url}: {error}") from error
         if len(shard) != self._counts[number]:

@@ -126,6 +126,6 @@ def remote_set(base: str, file: SmallFile, cache: Cache) -> RemoteSet:
 
 def _index(cache: Cache, url: str) -> ShardIndex:
     try:
-        return build_index(str(cache.get(url)))
+        return cache.opened(url, lambda path: build_index(str(path)))
     except UsageError as error:
         raise UsageError(f"{url}: {error}") from error
