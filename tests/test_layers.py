@@ -31,7 +31,7 @@ training: frozen initial interpolation
 evaluation: __init__ settings sets sidecars prompts places layouts truth datasets
 evaluation: encoder array_file predictions metrics zeroshot ranking matches retrieval robustness suite tables details
 evaluation: guard picture record compare thumbnails report_scores report_training report_sets report_retrieval report
-evaluation: features labels probe_rows knn linear_probe few_shot probe
+evaluation: features labels probe_rows knn linear_probe few_shot probe online_probe
 planning: __init__ cost
 config fine_tuning validation run_folder hub model_files initial_model inference onnx_graphs exporting
 recipes: scenes emoji clipart basic finetune __init__

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from triscale import distributed
 from triscale.config import RunConfig, lanes
@@ -39,6 +40,7 @@ from triscale.errors import RunError, UsageError
 from triscale.evaluation.encoder import Encoder
 from triscale.losses.contrastive import ContrastiveLoss
 from triscale.models.dual_encoder import DualEncoder
+from triscale.models.image import ImageTower
 from triscale.training import optim, parallel
 from triscale.training.ema import WeightAverage
 from triscale.training.lane import evaluation_mode
@@ -248,6 +250,41 @@ def make_encoder(
         workers=config.data.workers,
         finish=towers.finish,
     )
+
+
+def make_feature_encoder(config: RunConfig, image: ImageTower, device: torch.device) -> Encoder:
+    """The image tower as evaluation sees it, whose embeddings are the features of its backbone."""
+    size = config.data.image_size
+    if parallel.is_sharded(image):
+        register_fsdp_forward_method(image, "features")  # which gathers what is in no block, as forward does
+    towers = Lockstep(
+        {"image": _Features(image)}, {"image": torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)}
+    )
+    return Encoder(
+        image=lambda images: towers("image", images.to(device)),
+        text=_no_text,
+        logit_scale=lambda: 1.0,
+        image_size=size,
+        fit=config.data.fit,
+        device=str(device),
+        workers=config.data.workers,
+        finish=towers.finish,
+    )
+
+
+class _Features(nn.Module):
+    """An image tower up to its features."""
+
+    def __init__(self, image: ImageTower) -> None:
+        super().__init__()
+        self.image = image
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.image.features(images)
+
+
+def _no_text(texts: Sequence[str]) -> Tensor:
+    raise UsageError("features of images have no texts beside them")
 
 
 def _tokens(tokenizer: Tokenizer, device: torch.device, texts: Sequence[str]) -> torch.Tensor:

@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "data.root",
     "data.eval",
     "data.guard",
+    "data.probe",
     "data.shifts",
     "data.workers",
     "data.cache",

@@ -76,7 +76,8 @@ def _is_finished(each: Checked, folder: Path) -> bool:
     checkpoint.require_same(found, each.device)
     if found is None or found.step < each.config.train.steps:
         return False
-    return not each.sets or saved_results(Files(folder), [one.name for one in each.sets]) is not None
+    judged, names = each.sets or each.probe, [one.name for one in each.sets]
+    return not judged or saved_results(Files(folder), names, each.probe is not None) is not None
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from triscale.evaluation.labels import (
     read_labels,
     renamed,
 )
+from triscale.evaluation.online_probe import OnlineProbe, ProbeImages
 from triscale.evaluation.probe import classes_of, known_codes
 from triscale.evaluation.probe_rows import LabelledRows, good_samples, stored_rows
 from triscale.feature_store import cached_features
@@ -125,6 +126,29 @@ def open_sets(
         codes = known_codes(each, names, sources[role].name, leave_out=leave_out)
         sets[role] = LabelledSet(opened=sources[role], codes=codes, unlabelled=np.flatnonzero(each.codes == NONE))
     return ProbeSets(names=names, of=sets)
+
+
+def open_online_probe(sets: Sequence[str], root: str, columns: Sequence[str], label: str) -> OnlineProbe | None:
+    """What --data.probe names; None where it names nothing.
+
+    Raises:
+        UsageError: as `open_sets`, or one set alone is named.
+    """
+    if not sets:
+        return None
+    train, *tests = sets
+    if not tests:
+        raise UsageError(f"--data.probe {quote(train)} is what a probe learns from: name what it is judged on besides")
+    opened = open_sets(
+        train, "", tests, root=root, columns=columns, label=label, leave_out=True, report=lambda line: None
+    )
+    images = {role: ProbeImages(each.opened.name, each.opened.source, each.codes) for role, each in opened.of.items()}
+    return OnlineProbe(
+        label=label,
+        names=opened.names,
+        train=images[TRAIN],
+        tests=[each for role, each in images.items() if role.startswith(TEST)],
+    )
 
 
 def _labels(sources: Mapping[str, LabelledSource], label: str, report: Report) -> dict[str, Labels]:

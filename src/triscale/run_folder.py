@@ -291,10 +291,10 @@ def evaluation_of(folder: Path) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
     return (*data.eval, *data.guard), data.root, data.shifts
 
 
-def saved_results(files: Files, names: Sequence[str]) -> Results | None:
-    """What results.json holds, None if that is not the results of the sets `names`."""
+def saved_results(files: Files, names: Sequence[str], probed: bool) -> Results | None:
+    """What results.json holds, None if that is not the results of the sets `names`, and of a probe if `probed`."""
     try:
         results = json.loads(files.results.read_text(encoding="utf-8"))
-        return results if list(results["sets"]) == list(names) else None
+        return results if list(results["sets"]) == list(names) and ("probe" in results) == probed else None
     except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it is made again
         return None

@@ -18,6 +18,7 @@ from triscale.assembly import (
     device_of,
     make_average,
     make_encoder,
+    make_feature_encoder,
     make_ids,
     make_reader,
     make_tokenizer,
@@ -30,6 +31,7 @@ from triscale.errors import UsageError
 from triscale.evaluation.datasets import SetOptions, open_sets
 from triscale.evaluation.encoder import Encoder
 from triscale.evaluation.guard import check_choice
+from triscale.evaluation.online_probe import OnlineProbe
 from triscale.evaluation.sets import EvaluationSet
 from triscale.evaluation.suite import base_set
 from triscale.feature_cache import is_cached, open_features
@@ -38,6 +40,8 @@ from triscale.losses.classification import SoftmaxClassifier
 from triscale.losses.contrastive import ContrastiveLoss
 from triscale.model_assembly import Loss, Model, check_model, is_sharded, make_model, place_model
 from triscale.models.dual_encoder import DualEncoder
+from triscale.models.image import ImageTower
+from triscale.probe_sets import open_online_probe
 from triscale.run_folder import Files, read_init, read_vocabulary, saved_tokenizer
 from triscale.training import checkpoint
 from triscale.training.ema import WeightAverage
@@ -56,6 +60,7 @@ class Checked:
     """Those of --data.eval, then those of --data.guard."""
     guard: Sequence[str]
     """Names of the latter."""
+    probe: OnlineProbe | None
     device: torch.device
 
 
@@ -76,6 +81,8 @@ class Run:
     sets: Sequence[EvaluationSet]
     guard: Sequence[str]
     """Names of the sets whose scores should not fall."""
+    probe: OnlineProbe | None
+    """What the image tower's features are judged by, besides."""
     device: torch.device
     console: Console
     init: str
@@ -95,6 +102,17 @@ class Run:
         assert isinstance(self.model, DualEncoder) and self.reader.tokenizer is not None
         assert isinstance(self.loss, ContrastiveLoss)
         return make_encoder(self.config, self.model, self.loss, self.reader.tokenizer, self.device)
+
+    @property
+    def feature_encoder(self) -> Encoder:
+        """The image tower as evaluation sees it, without its projection."""
+        assert isinstance(self.model.image, ImageTower)
+        return make_feature_encoder(self.config, self.model.image, self.device)
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether there is anything that the model is evaluated on."""
+        return bool(self.sets) or self.probe is not None
 
     @property
     def chance(self) -> tuple[str, int]:
@@ -138,7 +156,8 @@ def check(config: RunConfig) -> Checked:
         base_set(sets, config.data.shifts)
     check_choice(config.train.interpolate, config.train.choose_on, [each.name for each in sets])
     config = with_steps(config, len(mixture))
-    return Checked(config=config, mixture=mixture, sets=sets, guard=guard, device=device)
+    probe = open_online_probe(config.data.probe, config.data.root, config.data.columns, config.data.probe_label)
+    return Checked(config=config, mixture=mixture, sets=sets, guard=guard, probe=probe, device=device)
 
 
 def set_up(
@@ -180,6 +199,7 @@ def set_up(
         vocabulary=vocabulary,
         sets=checked.sets,
         guard=checked.guard,
+        probe=checked.probe,
         device=device,
         console=console,
         init=source.name if source else (done and read_init(files)) or "",

@@ -22,7 +22,7 @@ from triscale.data.quarantine import Quarantine
 from triscale.data.rows import lane_inputs
 from triscale.data.unchanged import describe_sources, require_unchanged
 from triscale.evaluation.guard import GuardWatch
-from triscale.evaluation.suite import evaluate
+from triscale.evaluation.suite import NOTHING, Evaluation, evaluate
 from triscale.feed import open_batches
 from triscale.model_assembly import check_sharding, describe_sharding, make_step
 from triscale.run_folder import (
@@ -78,7 +78,7 @@ def _go_on(run: Run, done: checkpoint.Checkpoint | None) -> int:
     """Train from the newest checkpoint, if any, to the end, then evaluate; the exit status."""
     if done is not None and done.step >= run.config.train.steps:
         run.say(f"{run.files.folder} is finished: {done.step} steps")
-        results = saved_results(run.files, [each.name for each in run.sets])
+        results = saved_results(run.files, [each.name for each in run.sets], run.probe is not None)
         if results is not None and is_current(run, results):
             show(run.files, results)
             return 0
@@ -95,7 +95,7 @@ def _go_on(run: Run, done: checkpoint.Checkpoint | None) -> int:
         status = _train(run, done)
         if status:
             return status
-    if run.sets:
+    if run.is_judged:
         finish(run)
     else:
         publish_page(run.files)
@@ -139,7 +139,7 @@ def _train(run: Run, done: checkpoint.Checkpoint | None) -> int:
             save=partial(_save, run, optimizer, quarantine, sources),
             checkpoint_every_steps=settings.checkpoint_every_steps,
             checkpoint_every_minutes=settings.checkpoint_every_minutes,
-            evaluate=partial(_scores, run, guard, log) if run.sets else None,
+            evaluate=partial(_scores, run, guard, log) if run.is_judged else None,
             eval_every_steps=settings.eval_every_steps,
             log=log,
             quarantine=quarantine,
@@ -246,9 +246,16 @@ def _scores_before(run: Run, log: RunLog, start: int) -> GuardWatch | None:
 
 def _scores(run: Run, guard: GuardWatch | None, log: RunLog, steps: int) -> dict[str, float]:
     """The scores that the log shows during training."""
+    return _guarded(headline(_evaluate(run).results), guard, log)
+
+
+def _evaluate(run: Run) -> Evaluation:
+    """What the model does on the sets, and its features in the online probe. A collective."""
     with evaluating(run.model, run.average):
-        found = headline(evaluate(run.encoder, run.sets, run.config.data.shifts).results)
-    return _guarded(found, guard, log)
+        found = evaluate(run.encoder, run.sets, run.config.data.shifts) if run.sets else NOTHING
+        if run.probe is None:
+            return found
+        return replace(found, results={**found.results, "probe": run.probe.results(run.feature_encoder)})
 
 
 def _guarded(found: dict[str, float], guard: GuardWatch | None, log: RunLog) -> dict[str, float]:
@@ -263,10 +270,10 @@ def _guarded(found: dict[str, float], guard: GuardWatch | None, log: RunLog) -> 
 
 def finish(run: Run) -> None:
     """Evaluate a trained run: results, predictions, a picture of test images with guesses, the table on stdout."""
-    with evaluating(run.model, run.average):
-        evaluation = evaluate(run.encoder, run.sets, run.config.data.shifts)
+    evaluation = _evaluate(run)
     if is_compared(run.config):
         evaluation = replace(evaluation, results=compare(run, evaluation.results))
+    if is_compared(run.config) or run.probe is not None:
         with _open_log(run) as log:
             log.cut(run.config.train.steps)
             scored = _guarded(headline(evaluation.results), guard_watch(run), log)

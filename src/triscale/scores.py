@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from triscale import distributed
+from triscale.evaluation import online_probe
 from triscale.evaluation.guard import guard_table, scores
 from triscale.evaluation.picture import GuessRow, draw_guesses
 from triscale.evaluation.sets import EvaluationSet
@@ -21,9 +22,11 @@ PICTURE_IMAGES = 4
 
 
 def headline(results: Results) -> dict[str, float]:
-    """One number a set, for the log: top-1, or recall@1 of images."""
+    """One number a set, for the log: top-1, or recall@1 of images; and two a set of an online probe."""
     found = scores(results)
-    return found if results["shift_mean"] is None else {**found, "shift_mean": results["shift_mean"]}
+    if results["shift_mean"] is not None:
+        found["shift_mean"] = results["shift_mean"]
+    return found if "probe" not in results else found | online_probe.headline(results["probe"])
 
 
 def publish(files: Files, evaluation: Evaluation, *, title: str, sets: Sequence[EvaluationSet]) -> None:

@@ -102,6 +102,12 @@ class DataSettings:
     guard: tuple[str, ...] = ()
     """Evaluation sets whose scores fine-tuning should not lose, named as in `eval` and not among those: scored before
     the first step, with every evaluation and at the end, with a warning where they fall (--train.guard-drop)."""
+    probe: tuple[str, ...] = ()
+    """Labelled sets or sources of an online probe: what it learns from, then what it is judged on. With every
+    evaluation the image tower's features of some thousand images are told apart by their nearest neighbours and by a
+    logistic regression; training sees none of it."""
+    probe_label: str = "class"
+    """What the online probe tells apart: class, or json:NAME for a field of the .json sidecars."""
     image_size: int = 32
     """Side, in pixels, of the images that the image tower sees."""
     canvas: int = 0

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,11 +22,11 @@ from torch import Tensor
 from triscale import distributed
 from triscale.data.processes import note
 from triscale.data.resize import fit_square
-from triscale.data.samples import BadSample
+from triscale.data.samples import BadSample, Source
 from triscale.data.settings import Fit
 from triscale.data.workers import Watch, run
 from triscale.errors import RunError
-from triscale.evaluation.sets import EvaluationSet
+from triscale.evaluation.sets import Example
 
 PIECE_SAMPLES = 32
 """Samples that a worker makes at a time, so that the first batches are made by all of them."""
@@ -71,6 +72,29 @@ class Encoder:
         return F.normalize(torch.cat(embeddings).float(), dim=-1)
 
 
+@runtime_checkable
+class Readable(Protocol):
+    """What `read_batches` reads: an evaluation set, or other images. May be pickled to worker processes."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def source(self) -> Source:
+        """Where the samples lie."""
+        ...
+
+    def __len__(self) -> int:
+        """The number of samples, bad ones included."""
+        ...
+
+    def read(self, index: int, *, min_side: int | None = None) -> Example:
+        """Read and decode sample `index`, see `EvaluationSet.read`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """The samples of a batch that can be read, images as the encoder takes them, and what is wrong with the others."""
@@ -91,7 +115,7 @@ class Batch:
         return len(self.samples)
 
 
-def read_batches(evaluation_set: EvaluationSet, encoder: Encoder) -> Generator[Batch, None, None]:
+def read_batches(evaluation_set: Readable, encoder: Encoder) -> Generator[Batch, None, None]:
     """Read this process's batches of a set, made ahead by `encoder.workers` processes, which begin at the call.
 
     To be read to its end by all processes, which wait there for each other where the encoder asks for it. Whoever makes
@@ -144,7 +168,7 @@ def _join(pieces: Sequence[Batch]) -> Batch:
 class _Reader:
     """Reads samples of a set and makes their images square; pickled to the workers."""
 
-    def __init__(self, evaluation_set: EvaluationSet, size: int, fit: Fit) -> None:
+    def __init__(self, evaluation_set: Readable, size: int, fit: Fit) -> None:
         self._set, self._size = evaluation_set, size
         self._fit: Fit = fit
 

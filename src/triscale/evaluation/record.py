@@ -9,10 +9,10 @@ from typing import Any
 
 from triscale.evaluation.matches import Matches
 from triscale.evaluation.predictions import Predictions
-from triscale.evaluation.suite import Results
+from triscale.evaluation.suite import NOTHING, Results
 from triscale.training.history import History
 
-NO_RESULTS = Results(sets={}, shift_mean=None, drop=None)
+NO_RESULTS = NOTHING.results
 
 
 @dataclass(frozen=True, kw_only=True)

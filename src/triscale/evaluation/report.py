@@ -15,6 +15,7 @@ from triscale.evaluation.report_scores import (
     against_section,
     count,
     duration,
+    probe_section,
     robustness_section,
     scores_section,
     tiles,
@@ -39,6 +40,7 @@ def report_page(record: RunRecord, sets: Mapping[str, EvaluationSet], others: Se
     sections = {
         "Scores": scores_section(record.results) if scored else [],
         "Robustness": robustness_section(record),
+        "Features": probe_section(record.results),
         "Other runs": against_section([record, *others]),
         "Training": training_section(record),
         "Sets": sets_section(record, sets, thumbnails),

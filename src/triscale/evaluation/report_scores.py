@@ -69,6 +69,31 @@ def tiles(record: RunRecord) -> Element:
     return element("ul", *items, class_="tiles")
 
 
+def probe_section(results: Results) -> list[Node]:
+    """What the image tower's features tell about labels, as a run's online probe found."""
+    if "probe" not in results:
+        return []
+    probe = results["probe"]
+    head: list[Node] = ["set", "neighbours", "95 %", "linear", "95 %", "samples"]
+    rows: list[list[Node]] = [
+        [
+            name(set_name, 40),
+            percent(found["knn"]),
+            between(found["knn_interval"]),
+            percent(found["linear"]),
+            between(found["linear_interval"]),
+            f"{found['samples']:,}",
+        ]
+        for set_name, found in probe["sets"].items()
+    ]
+    told = f"What features of the image tower tell of {probe['label']}, in %, from {probe['train_samples']:,} samples."
+    return [
+        element("h2", "Features"),
+        element("p", name(told, 200), class_="note"),
+        table(head, rows, label="Features probed, in %", numbers=range(1, len(head))),
+    ]
+
+
 def _first_of_each_task(results: Results) -> list[tuple[str, SetResult]]:
     found: dict[str, tuple[str, SetResult]] = {}
     for result_name, result in results["sets"].items():

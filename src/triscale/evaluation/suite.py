@@ -37,6 +37,8 @@ class Results(TypedDict):
     """Top-1 of the base set less `shift_mean`."""
     robustness: NotRequired[RobustnessResult]
     """Where shifted sets are named: each of them beside the base set."""
+    probe: NotRequired[dict[str, Any]]
+    """Of a run with an online probe, see `online_probe.OnlineProbe.results`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,10 @@ class Evaluation:
     """By name of a classification set, what the model answered image by image."""
     matches: Mapping[str, Matches]
     """By name of a retrieval set, what the model finds for some images and captions."""
+
+
+NOTHING = Evaluation(results=Results(sets={}, shift_mean=None, drop=None), predictions={}, matches={})
+"""Of a model that is scored on no set."""
 
 
 def base_set(sets: Iterable[EvaluationSet], shifts: Sequence[str], base: str = "") -> str:

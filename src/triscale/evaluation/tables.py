@@ -64,6 +64,8 @@ def results_table(results: Results) -> Group:
             tables.append(_FirstThatFits(tables=[_table(rows, WIDE_COLUMNS[task]), _table(rows, columns)]))
     if "robustness" in results:
         tables.append(_robustness_table(results, results["robustness"]))
+    if "probe" in results:
+        tables.append(_probe_table(results["probe"]))
     return Group(*tables)
 
 
@@ -95,6 +97,20 @@ def _table(rows: Mapping[str, SetResult], columns: Sequence[Column]) -> Table:
         levels = {level: {"top1": score} for level, score in result.get("levels", {}).items()}
         for part, values in {**levels, **result.get("slices", {})}.items():
             table.add_row(printable(f"  {part}", LONGEST_NAME), *(_cell(key, values.get(key)) for key, _ in shown), "")
+    return table
+
+
+def _probe_table(probe: SetResult) -> Table:
+    """A row a set of an online probe."""
+    about = printable(probe["label"], LONGEST_NAME), f" from {probe['train_samples']:,} samples"
+    title = Text.assemble("image features: ", *about)
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True, title=title, title_justify="left")
+    table.add_column("set", no_wrap=True, overflow="ellipsis", max_width=LONGEST_NAME)
+    for header in ("samples", "neighbours", "95 %", "linear", "95 %"):
+        table.add_column(header, justify="right", no_wrap=True)
+    keys = ("samples", "knn", "knn_interval", "linear", "linear_interval")
+    for name, found in probe["sets"].items():
+        table.add_row(printable(name, LONGEST_NAME), *(_cell(key, found[key]) for key in keys))
     return table
 
 
